@@ -1,0 +1,9 @@
+//! Devices of a micro-VM: virtio devices and the few legacy ones a PC guest expects.
+//!
+//! Nothing here knows KVM: interrupts leave through [`virtio::Interrupt`], notifications arrive on
+//! eventfds, and guest memory is only touched through vm-memory's checked accessors.
+
+pub mod virtio;
+
+/// Guest memory as every device sees it. Cloning shares the mappings.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

@@ -1,0 +1,3 @@
+//! See the workspace's ARCHITECTURE.md.
+
+fn main() {}
