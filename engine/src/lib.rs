@@ -1,1 +1,3 @@
-//! See the workspace's ARCHITECTURE.md.
+//! What runs containers on this host: images become micro-VMs with a network, volumes and a state.
+
+pub mod network;
