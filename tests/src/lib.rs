@@ -1,1 +1,11 @@
-//! See the workspace's ARCHITECTURE.md.
+//! What the end-to-end tests share: a user's session with the `vmrun` command.
+//!
+//! The tests run in the lab, as root, with the built programs on PATH and with images that
+//! `prepare` made on the host. See `cargo xtask test`.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test harness fails by panicking")]
+
+pub mod images;
+pub mod session;
+
+pub use session::{Finished, Running, Session};

@@ -1,0 +1,3 @@
+//! End to end, in the lab, as a user types it.
+
+mod process;
