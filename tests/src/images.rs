@@ -10,6 +10,16 @@ pub fn assets() -> PathBuf {
     }
 }
 
+/// The guest kernel that `prepare` imported last, as a file to import again.
+pub fn kernel() -> PathBuf {
+    kernel_in(&assets())
+}
+
+/// The same in a folder that is being prepared.
+pub fn kernel_in(folder: &Path) -> PathBuf {
+    folder.join("kernel")
+}
+
 /// The OCI archive of an image, for example `base`.
 pub fn archive(image: &str) -> PathBuf {
     archive_in(&assets(), image)

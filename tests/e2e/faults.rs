@@ -1,0 +1,136 @@
+//! What goes wrong, and what the next command finds.
+
+use std::process::Command;
+use std::time::Duration;
+
+use e2e::{Running, Session};
+use nix::sys::signal::Signal;
+
+const BASE: &str = "localhost/base";
+
+/// HOSTILE.md 27: `kill -9` of the command at any point leaves nothing the next run trips over.
+#[test]
+fn hostile_27_a_run_killed_at_any_moment_leaves_nothing_behind() {
+    let session = Session::prepared();
+    let name = format!("killed-{}", std::process::id());
+    for moment in [0, 20, 60, 150, 400, 1000, 2500] {
+        let running = session.start(["--name", &name, BASE, "sleep", "600"]);
+        std::thread::sleep(Duration::from_millis(moment));
+        running.signal(Signal::SIGKILL);
+        running.finish();
+    }
+    // The name is free, and no VMM of it goes on.
+    session.run(["--name", &name, BASE, "echo", "after"]).exits(0).prints("after\n");
+    let since = std::time::Instant::now();
+    while !vmms_of(&name).is_empty() {
+        assert!(since.elapsed() < Duration::from_secs(30), "{:?}", vmms_of(&name));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let listed = session.vmrun(["ps", "-a"]).exits(0).out();
+    assert!(!listed.contains(&name), "{listed}");
+}
+
+fn vmms_of(name: &str) -> String {
+    let output =
+        Command::new("pgrep").args(["-a", "-f", &format!("vmrun-vmm.*{name}")]).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// HOSTILE.md 27: the VMM is killed under the command.
+#[test]
+fn hostile_27_a_killed_vmm_is_an_error_and_not_a_hang() {
+    let session = Session::prepared();
+    let mut running = session.start([BASE, "sh", "-c", "echo ready; sleep 600"]);
+    running.wait_for("ready\n");
+    let children = Command::new("pgrep").args(["-P", &running.pid().to_string()]).output().unwrap();
+    let children = String::from_utf8_lossy(&children.stdout).into_owned();
+    let vmm: i32 = children.lines().next().expect("the command has no VMM").parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(vmm), Signal::SIGKILL).unwrap();
+    let done = running.finish().exits(125);
+    assert!(done.err().contains("SIGKILL") || done.err().contains("signal 9"), "{}", done.err());
+}
+
+/// HOSTILE.md 28: two commands at once on one name.
+#[test]
+fn hostile_28_a_name_belongs_to_one() {
+    let session = Session::prepared();
+    let name = format!("named-{}", std::process::id());
+    let mut first = session.start(["--name", &name, BASE, "sh", "-c", "echo ready; sleep 600"]);
+    first.wait_for("ready\n");
+    session.run(["--name", &name, BASE, "true"]).exits(125).complains(&[&name, "in use"]);
+    first.signal(Signal::SIGKILL);
+    first.finish();
+}
+
+#[test]
+fn a_guest_that_crashes_or_reboots_ends_the_run() {
+    let session = Session::prepared();
+    let crash = "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 60";
+    let done = session.run([BASE, "sh", "-c", crash]);
+    assert_eq!(done.status.code(), Some(125), "{}", done.err());
+    let done = session.run([BASE, "sh", "-c", "reboot -f; sleep 60"]);
+    // A reboot in a PID namespace is the end of that namespace, as it is in a container.
+    assert!(
+        matches!(done.status.code(), Some(125 | 129..=159)),
+        "{:?} {}",
+        done.status,
+        done.err()
+    );
+}
+
+#[test]
+fn what_a_host_lacks_is_said_in_one_line() {
+    let session = Session::prepared();
+    // In a mount namespace of its own, without /dev/kvm.
+    let hidden = |script: &str| {
+        let mut command = Command::new("unshare");
+        command.args([
+            "--mount",
+            "sh",
+            "-c",
+            &format!("{script}; exec vmrun run --rm {BASE} true"),
+        ]);
+        Running::start(command.env("VMRUN_ROOT", session.root())).finish()
+    };
+    hidden("mount --bind /dev/null /dev/kvm").exits(125).complains(&["/dev/kvm"]);
+    hidden("mount --bind /dev/null /dev/net/tun").exits(125).complains(&["--network none"]);
+    let mut command = session.command(["run", "--rm", "--kernel", "/no/such/kernel", BASE, "true"]);
+    Running::start(&mut command).finish().exits(125).complains(&["/no/such/kernel"]);
+    session
+        .vmrun(["run", "--platform", "linux/arm64", BASE, "true"])
+        .exits(125)
+        .complains(&["linux/arm64"]);
+}
+
+/// HOSTILE.md 26: the disk is full.
+#[test]
+fn hostile_26_a_full_disk_is_told_and_leaves_the_store_usable() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    let mount = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs", path])
+        .status()
+        .unwrap();
+    assert!(mount.success());
+    let archive = format!("oci-archive:{}", e2e::images::archive("base").display());
+    let pull = || {
+        let mut command = Command::new("vmrun");
+        command
+            .args(["image", "pull", "-q", &archive])
+            .env("VMRUN_ROOT", folder.path().join("root"));
+        Running::start(&mut command).finish()
+    };
+    pull().exits(125).complains(&["space"]);
+    let more = Command::new("mount").args(["-o", "remount,size=64m", path]).status().unwrap();
+    assert!(more.success());
+    pull().exits(0);
+    assert!(Command::new("umount").arg(path).status().unwrap().success());
+}
+
+#[test]
+fn the_doctor_finds_this_machine_well() {
+    let session = Session::prepared();
+    session.vmrun(["doctor"]).exits(0);
+    let out = session.vmrun(["doctor", "--format", "json"]).exits(0).out();
+    serde_json::from_str::<serde_json::Value>(&out).unwrap();
+}
