@@ -1,1 +1,4 @@
 //! See the workspace's ARCHITECTURE.md.
+
+pub mod erofs;
+pub mod rootfs;
