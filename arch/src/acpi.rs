@@ -2,13 +2,15 @@
 //!
 //! They exist because distribution kernels do not take virtio-mmio devices from the command line.
 
-use acpi_tables::{Aml, aml};
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, aml};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::{GuestMemory, layout};
@@ -230,9 +232,8 @@ mod tests {
 
     #[test]
     fn the_chain_from_rsdp_to_each_table_holds_and_sums_to_zero() {
-        let virtio = (0..19)
-            .map(|n| VirtioMmio { address: 0xd000_0000 + n * 0x1000, gsi: 5 + n })
-            .collect();
+        let virtio =
+            (0..19).map(|n| VirtioMmio { address: 0xd000_0000 + n * 0x1000, gsi: 5 + n }).collect();
         let bytes = tables(&Platform { vcpus: 32, virtio, serial: true });
         assert_eq!(&bytes[..8], b"RSD PTR ");
         let table = |address: u64| {

@@ -131,7 +131,10 @@ fn load_bzimage(memory: &GuestMemory, image: &mut File) -> Result<LoadedKernel, 
     let end = setup.pref_address.saturating_add(setup.init_size.into()).max(loaded.kernel_end);
     let available = memory::low_end(total(memory));
     if end > available {
-        return Err(BootError::NeedsMemory { needed: end.div_ceil(1 << 20), available: available >> 20 });
+        return Err(BootError::NeedsMemory {
+            needed: end.div_ceil(1 << 20),
+            available: available >> 20,
+        });
     }
     let entry = GuestAddress(loaded.kernel_load.0 + 0x200);
     Ok(LoadedKernel { entry: Entry::Linux64(entry), end, setup: Some(Box::new(setup)) })
@@ -200,9 +203,7 @@ pub fn write_parameters(
     memory.write_obj(0u8, GuestAddress(end))?;
     match &kernel.setup {
         None => write_pvh(memory, initramfs, rsdp),
-        Some(setup) => {
-            write_zero_page(memory, setup, initramfs, command_line.len() as u32, rsdp)
-        }
+        Some(setup) => write_zero_page(memory, setup, initramfs, command_line.len() as u32, rsdp),
     }
 }
 

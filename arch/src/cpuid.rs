@@ -45,7 +45,8 @@ pub fn of_vcpu(supported: &CpuId, apic_id: u8, topology: Topology) -> Result<Cpu
         .filter(|leaf| !matches!(leaf.function, 0xb | 0x1f))
         .copied()
         .collect();
-    let amd = leaves.iter().any(|leaf| leaf.function == 0 && leaf.ebx == u32::from_le_bytes(*b"Auth"));
+    let amd =
+        leaves.iter().any(|leaf| leaf.function == 0 && leaf.ebx == u32::from_le_bytes(*b"Auth"));
     for leaf in &mut leaves {
         adjust(leaf, apic_id, topology);
     }
@@ -83,8 +84,7 @@ fn adjust(leaf: &mut kvm_cpuid_entry2, apic_id: u8, topology: Topology) {
         // Deterministic cache parameters: who shares each cache.
         0x4 if leaf.eax & 0x1f != 0 => {
             let level = (leaf.eax >> 5) & 7;
-            let sharing =
-                if level < 3 { topology.threads_per_core.into() } else { package_ids };
+            let sharing = if level < 3 { topology.threads_per_core.into() } else { package_ids };
             set(&mut leaf.eax, 14, 12, sharing - 1);
             set(&mut leaf.eax, 26, 6, (package_ids >> topology.thread_bits()) - 1);
         }
@@ -102,8 +102,7 @@ fn adjust(leaf: &mut kvm_cpuid_entry2, apic_id: u8, topology: Topology) {
         }
         0x8000_001d if leaf.eax & 0x1f != 0 => {
             let level = (leaf.eax >> 5) & 7;
-            let sharing =
-                if level < 3 { topology.threads_per_core.into() } else { package_ids };
+            let sharing = if level < 3 { topology.threads_per_core.into() } else { package_ids };
             set(&mut leaf.eax, 14, 12, sharing - 1);
         }
         0x8000_001e => {
@@ -146,7 +145,8 @@ mod tests {
     use super::*;
 
     fn supported() -> CpuId {
-        let leaf = |function, eax, ebx| kvm_cpuid_entry2 { function, eax, ebx, ..Default::default() };
+        let leaf =
+            |function, eax, ebx| kvm_cpuid_entry2 { function, eax, ebx, ..Default::default() };
         CpuId::from_entries(&[
             leaf(0, 0x1f, 0),
             leaf(1, 0, 0),
@@ -166,7 +166,11 @@ mod tests {
             for id in 0..vcpus {
                 let leaves = of_vcpu(&supported(), id, topology).unwrap();
                 let find = |function, index| {
-                    *leaves.as_slice().iter().find(|leaf| (leaf.function, leaf.index) == (function, index)).unwrap()
+                    *leaves
+                        .as_slice()
+                        .iter()
+                        .find(|leaf| (leaf.function, leaf.index) == (function, index))
+                        .unwrap()
                 };
                 let one = find(1, 0);
                 assert_eq!(one.ebx >> 24, u32::from(id));

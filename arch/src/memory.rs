@@ -87,9 +87,6 @@ mod tests {
     #[test]
     fn what_does_not_fit_below_the_hole_goes_above_four_gib() {
         let five = 5u64 << 30;
-        assert_eq!(
-            regions(five),
-            [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 2 << 30)]
-        );
+        assert_eq!(regions(five), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 2 << 30)]);
     }
 }

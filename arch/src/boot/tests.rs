@@ -64,7 +64,8 @@ fn an_elf_kernel_is_entered_by_its_pvh_note() {
     assert_eq!(kernel.entry, Entry::Pvh(GuestAddress(0x10_0010)));
     let initramfs = load_initramfs(&memory, &kernel, &mut file(&[7; 5000])).unwrap();
     assert_eq!(initramfs.address.0, (64 << 20) - 0x2000);
-    write_parameters(&memory, &kernel, Some(initramfs), "quiet", GuestAddress(layout::ACPI)).unwrap();
+    write_parameters(&memory, &kernel, Some(initramfs), "quiet", GuestAddress(layout::ACPI))
+        .unwrap();
     let info: hvm_start_info = memory.read_obj(GuestAddress(layout::PVH_START_INFO)).unwrap();
     assert_eq!((info.nr_modules, info.memmap_entries, info.rsdp_paddr), (1, 3, layout::ACPI));
     let mut text = [0; 6];
