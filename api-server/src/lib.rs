@@ -1,1 +1,6 @@
-//! See the workspace's ARCHITECTURE.md.
+//! The REST APIs, free of KVM and of whatever answers them.
+//!
+//! [`machine`] is the API of one micro-VM: Firecracker's objects, the requests made of them, and
+//! the trait of what answers.
+
+pub mod machine;

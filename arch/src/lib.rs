@@ -1,1 +1,14 @@
-//! See the workspace's ARCHITECTURE.md.
+//! x86_64: where things are in a guest's address space, how a kernel is entered, and what the
+//! processor and the platform tell it about themselves.
+//!
+//! Nothing here knows devices or containers. KVM appears only as the types of its registers.
+
+pub mod acpi;
+pub mod boot;
+pub mod cpuid;
+pub mod layout;
+pub mod memory;
+pub mod registers;
+
+/// Guest memory, as the whole monitor uses it.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

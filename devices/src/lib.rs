@@ -3,6 +3,8 @@
 //! Nothing here knows KVM: interrupts leave through [`virtio::Interrupt`], notifications arrive on
 //! eventfds, and guest memory is only touched through vm-memory's checked accessors.
 
+pub mod bus;
+pub mod legacy;
 pub mod virtio;
 
 /// Guest memory as every device sees it. Cloning shares the mappings.

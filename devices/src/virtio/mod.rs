@@ -1,5 +1,73 @@
 //! Virtio devices (virtio 1.2, modern only) and their transports.
 
+pub mod block;
+pub mod console;
 mod device;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+
+use std::os::fd::AsRawFd;
+
+use event_manager::{EventOps, EventSet, Events};
 
 pub use device::{ActivateError, Activation, Interrupt, VirtioDevice};
+
+use queue::{DeviceQueue, QueueError};
+
+/// Takes the queues of a device all of whose queues must be there.
+fn take_queues<const N: usize>(
+    device: &str,
+    activation: Activation,
+) -> Result<[DeviceQueue; N], ActivateError> {
+    let missing = |index: usize| ActivateError {
+        device: device.to_owned(),
+        reason: format!("queue {index} was not set up"),
+    };
+    let mut queues = Vec::with_capacity(N);
+    for (index, queue) in activation.queues.into_iter().enumerate() {
+        let queue = queue.ok_or_else(|| missing(index))?;
+        let (memory, interrupt) = (activation.memory.clone(), activation.interrupt.clone());
+        queues.push(DeviceQueue::new(queue, index as u16, memory, interrupt));
+    }
+    let have = queues.len();
+    queues.try_into().map_err(|_| missing(have))
+}
+
+/// Waits for `events` on a descriptor, to be told of with this number.
+fn register(ops: &mut EventOps, descriptor: &impl AsRawFd, data: u32, events: EventSet) {
+    if let Err(error) = ops.add(Events::with_data(descriptor, data, events)) {
+        tracing::error!(?error, "cannot wait for a device's events");
+    }
+}
+
+/// Stops a device whose driver broke the rules, until that driver resets it.
+fn broken(device: &str, queue: &mut Option<DeviceQueue>, error: &QueueError) {
+    tracing::warn!(device, %error, "device needs a reset");
+    if let Some(queue) = queue.take() {
+        queue.needs_reset();
+    }
+}
+
+/// The same for a device of several queues.
+fn broken_all<const N: usize>(
+    device: &str,
+    queues: &mut Option<[DeviceQueue; N]>,
+    error: &QueueError,
+) {
+    tracing::warn!(device, %error, "device needs a reset");
+    if let Some([queue, ..]) = queues.take().as_ref().map(|queues| queues.as_slice()) {
+        queue.needs_reset();
+    }
+}
+
+/// Reads from a configuration space that ends where `bytes` do.
+fn read_bytes(bytes: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let Some(from) = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)) else {
+        return;
+    };
+    for (to, from) in data.iter_mut().zip(from) {
+        *to = *from;
+    }
+}

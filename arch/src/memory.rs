@@ -1,0 +1,92 @@
+//! Where RAM is, and what the kernel is told of it.
+
+use vm_memory::GuestAddress;
+
+use crate::layout;
+
+/// What a range of the memory map is for; the numbers are those of the e820 map and of PVH.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum RangeKind {
+    /// Usable RAM.
+    Ram = 1,
+    /// Not to be touched.
+    Reserved = 2,
+    /// ACPI tables, RAM once they were read.
+    AcpiData = 3,
+}
+
+/// A range of the memory map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// First address.
+    pub start: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// What it is for.
+    pub kind: RangeKind,
+}
+
+/// The pieces of guest memory of `size` bytes: one, or two around the MMIO hole.
+pub fn regions(size: u64) -> Vec<(GuestAddress, usize)> {
+    let low = size.min(layout::MMIO_HOLE);
+    let mut regions = vec![(GuestAddress(0), low as usize)];
+    if size > low {
+        regions.push((GuestAddress(layout::MMIO_HOLE_END), (size - low) as usize));
+    }
+    regions
+}
+
+/// End of the RAM below the MMIO hole, for memory of `size` bytes.
+pub fn low_end(size: u64) -> u64 {
+    size.min(layout::MMIO_HOLE)
+}
+
+/// The memory map for memory of `size` bytes.
+pub fn map(size: u64) -> Vec<Range> {
+    let acpi_end = layout::ACPI + layout::ACPI_SIZE;
+    let mut map = vec![
+        Range { start: 0, size: layout::LOW_RAM_END, kind: RangeKind::Ram },
+        Range { start: layout::ACPI, size: layout::ACPI_SIZE, kind: RangeKind::AcpiData },
+    ];
+    for (start, size) in regions(size) {
+        let from = start.0.max(acpi_end);
+        let end = start.0 + size as u64;
+        if end > from {
+            map.push(Range { start: from, size: end - from, kind: RangeKind::Ram });
+        }
+    }
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn the_map_is_sorted_inside_memory_and_outside_the_hole(mib in 1u64..(1 << 20)) {
+            let size = mib << 20;
+            let regions = regions(size);
+            prop_assert_eq!(regions.iter().map(|(_, size)| *size as u64).sum::<u64>(), size);
+            let mut last = 0;
+            for range in map(size) {
+                prop_assert!(range.start >= last && range.size > 0);
+                last = range.start + range.size;
+                let inside = |(start, size): &(GuestAddress, usize)| {
+                    start.0 <= range.start && last <= start.0 + *size as u64
+                };
+                prop_assert!(regions.iter().any(inside));
+                prop_assert!(last <= layout::MMIO_HOLE || range.start >= layout::MMIO_HOLE_END);
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_below_the_hole_goes_above_four_gib() {
+        let five = 5u64 << 30;
+        assert_eq!(regions(five), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 2 << 30)]);
+    }
+}

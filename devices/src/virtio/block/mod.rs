@@ -1,0 +1,194 @@
+//! virtio-blk (virtio 1.2, 5.2) on a raw file.
+//!
+//! Three parts: [`request`] says what a chain asks for, [`disk`] carries it out on the file, and
+//! [`Block`] is what the guest sees.
+
+mod disk;
+mod request;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP,
+};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::eventfd::EventFd;
+
+pub use disk::{Disk, DiskError};
+use request::Request;
+
+use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
+use super::{ActivateError, Activation, VirtioDevice};
+
+const QUEUE_SIZE: u16 = 256;
+/// Ranges in one discard or write-zeroes request, and sectors in one range, that we offer.
+const MAX_RANGES: u32 = 16;
+const MAX_RANGE_SECTORS: u32 = 1 << 21;
+
+/// How a drive is presented.
+#[derive(Clone, Debug)]
+pub struct BlockOptions {
+    /// For log messages, and what get-id answers (its first 20 bytes).
+    pub id: String,
+    /// Offer flush, and make it durable. Without it a guest never asks.
+    pub flush: bool,
+}
+
+/// A drive.
+pub struct Block {
+    options: BlockOptions,
+    disk: Disk,
+    features: u64,
+    config: Vec<u8>,
+    event: [EventFd; 1],
+    queue: Option<DeviceQueue>,
+    chain: Chain,
+}
+
+impl Block {
+    /// A drive on this disk.
+    pub fn new(options: BlockOptions, disk: Disk) -> std::io::Result<Block> {
+        let mut features = (1 << VIRTIO_F_VERSION_1)
+            | (1 << VIRTIO_RING_F_EVENT_IDX)
+            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
+            | (1 << VIRTIO_BLK_F_SEG_MAX)
+            | (1 << VIRTIO_BLK_F_BLK_SIZE);
+        if disk.read_only() {
+            features |= 1 << VIRTIO_BLK_F_RO;
+        } else {
+            features |= (1 << VIRTIO_BLK_F_DISCARD) | (1 << VIRTIO_BLK_F_WRITE_ZEROES);
+        }
+        if options.flush {
+            features |= 1 << VIRTIO_BLK_F_FLUSH;
+        }
+        let event = [EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?];
+        let config = config_space(disk.sectors());
+        Ok(Block { options, disk, features, config, event, queue: None, chain: Chain::default() })
+    }
+
+    fn process(&mut self) -> Result<(), QueueError> {
+        let Some(queue) = self.queue.as_mut() else { return Ok(()) };
+        let mut budget = BUDGET;
+        loop {
+            queue.disable_notifications()?;
+            while budget > 0 && queue.pop(&mut self.chain)? {
+                budget -= 1;
+                let written = serve(&self.options, &self.disk, queue, &self.chain);
+                queue.push(&self.chain, written)?;
+            }
+            if budget == 0 {
+                // The rest in the next round of the event loop.
+                let _ = self.event[0].write(1);
+                break;
+            }
+            if !queue.enable_notifications()? {
+                break;
+            }
+        }
+        queue.signal()
+    }
+}
+
+/// Carries one request out and returns the number of bytes written to the guest, the status among
+/// them.
+fn serve(options: &BlockOptions, disk: &Disk, queue: &DeviceQueue, chain: &Chain) -> usize {
+    let memory = queue.memory();
+    let Some(status_at) = chain.writable.len().checked_sub(1) else {
+        // Nowhere to put a status: the chain goes back untouched.
+        tracing::debug!(drive = options.id, "request without a status byte");
+        return 0;
+    };
+    let (status, written) = match Request::parse(memory, chain) {
+        Ok(request) => match disk.run(&request, memory, chain, &options.id) {
+            Ok(written) => (VIRTIO_BLK_S_OK, written),
+            Err(error) => {
+                tracing::warn!(drive = options.id, ?request, %error, "request failed");
+                (VIRTIO_BLK_S_IOERR, 0)
+            }
+        },
+        Err(request::Refused::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+        Err(request::Refused::Malformed(reason)) => {
+            tracing::debug!(drive = options.id, reason, "malformed request");
+            (VIRTIO_BLK_S_IOERR, 0)
+        }
+    };
+    match chain.writable.write(memory, status_at, &[status as u8]) {
+        // What lies between the data and the status was not written by us, but the length must
+        // reach to the status.
+        Ok(_) => written.max(status_at) + 1,
+        Err(error) => {
+            tracing::warn!(drive = options.id, %error, "status not written");
+            0
+        }
+    }
+}
+
+/// `struct virtio_blk_config` (virtio 1.2, 5.2.4).
+fn config_space(sectors: u64) -> Vec<u8> {
+    let mut config = vec![0; 60];
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &sectors.to_le_bytes());
+    // A header and a status take a descriptor each.
+    put(12, &u32::from(QUEUE_SIZE - 2).to_le_bytes());
+    put(20, &512u32.to_le_bytes());
+    put(36, &MAX_RANGE_SECTORS.to_le_bytes());
+    put(40, &MAX_RANGES.to_le_bytes());
+    // Discard in file system blocks.
+    put(44, &8u32.to_le_bytes());
+    put(48, &MAX_RANGE_SECTORS.to_le_bytes());
+    put(52, &MAX_RANGES.to_le_bytes());
+    put(56, &[1]);
+    config
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn queue_events(&self) -> &[EventFd] {
+        &self.event
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        super::read_bytes(&self.config, offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let [queue] = super::take_queues(&self.options.id, activation)?;
+        self.queue = Some(queue);
+        // A notification may have come while the queue was not there yet.
+        let _ = self.event[0].write(1);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.queue = None;
+    }
+}
+
+impl MutEventSubscriber for Block {
+    fn init(&mut self, ops: &mut EventOps) {
+        super::register(ops, &self.event[0], 0, EventSet::IN);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let _ = self.event[0].read();
+        if let Err(error) = Block::process(self) {
+            super::broken(&self.options.id, &mut self.queue, &error);
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! A virtqueue as devices use it, and the descriptor chains that come out of it.
+//!
+//! A chain is walked and checked once, when it is taken from the available ring; a device then only
+//! holds ranges that are inside guest memory. What a driver must not do (virtio 1.2, 2.7) is one
+//! error, [`QueueError`]: the device stops and reports `DEVICE_NEEDS_RESET`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
+
+use super::Interrupt;
+use crate::GuestMemory;
+
+/// Most chains a device handles for one event before it lets others have their turn.
+pub const BUDGET: usize = 256;
+
+/// The driver broke the rules of virtqueues; there is no going on without a reset.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The rings themselves.
+    #[error("queue {queue}: {error}")]
+    Ring {
+        /// Which queue.
+        queue: u16,
+        /// What virtio-queue says.
+        error: virtio_queue::Error,
+    },
+    /// A descriptor chain.
+    #[error("queue {queue}, chain {head}: {reason}")]
+    Chain {
+        /// Which queue.
+        queue: u16,
+        /// Index of the chain's first descriptor.
+        head: u16,
+        /// Which rule.
+        reason: &'static str,
+    },
+}
+
+/// Part of a chain: ranges of guest memory that were checked to exist.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    segments: Vec<(GuestAddress, u32)>,
+    length: u32,
+}
+
+impl Buffers {
+    /// Length of all ranges together, in bytes.
+    pub fn len(&self) -> usize {
+        self.length as usize
+    }
+
+    /// Whether there is no byte in it.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    fn clear(&mut self) {
+        self.segments.clear();
+        self.length = 0;
+    }
+
+    /// The pieces of guest memory that hold `range` of these bytes; fewer where it reaches past
+    /// their end.
+    pub fn slices<'a>(
+        &'a self,
+        memory: &'a GuestMemory,
+        range: Range<usize>,
+    ) -> impl Iterator<Item = Result<VolatileSlice<'a>, GuestMemoryError>> + 'a {
+        let mut skip = range.start;
+        let mut left = range.end.saturating_sub(range.start);
+        self.segments
+            .iter()
+            .filter_map(move |&(address, length)| {
+                let length = length as usize;
+                let from = skip.min(length);
+                skip -= from;
+                let take = left.min(length - from);
+                left -= take;
+                (take > 0).then(|| (address.0 + from as u64, take))
+            })
+            .flat_map(move |(address, length)| memory.get_slices(GuestAddress(address), length))
+    }
+
+    /// Copies out of guest memory, beginning at `offset`; the number of bytes there were.
+    pub fn read(
+        &self,
+        memory: &GuestMemory,
+        offset: usize,
+        into: &mut [u8],
+    ) -> Result<usize, GuestMemoryError> {
+        let mut done = 0;
+        for slice in self.slices(memory, offset..offset.saturating_add(into.len())) {
+            let slice = slice?;
+            slice.copy_to(&mut into[done..done + slice.len()]);
+            done += slice.len();
+        }
+        Ok(done)
+    }
+
+    /// Copies into guest memory, beginning at `offset`; the number of bytes that had room.
+    pub fn write(
+        &self,
+        memory: &GuestMemory,
+        offset: usize,
+        from: &[u8],
+    ) -> Result<usize, GuestMemoryError> {
+        let mut done = 0;
+        for slice in self.slices(memory, offset..offset.saturating_add(from.len())) {
+            let slice = slice?;
+            slice.copy_from(&from[done..done + slice.len()]);
+            done += slice.len();
+        }
+        Ok(done)
+    }
+}
+
+/// A descriptor chain: what the device may read, then what it may write.
+#[derive(Debug, Default)]
+pub struct Chain {
+    head: u16,
+    /// Written by the driver.
+    pub readable: Buffers,
+    /// For the device to write.
+    pub writable: Buffers,
+}
+
+/// An active virtqueue with the memory it lives in and the way to its driver.
+pub struct DeviceQueue {
+    queue: Queue,
+    index: u16,
+    memory: GuestMemory,
+    interrupt: Arc<dyn Interrupt>,
+    used_since_signal: bool,
+}
+
+impl DeviceQueue {
+    /// The queue with this index of an activated device.
+    pub fn new(
+        queue: Queue,
+        index: u16,
+        memory: GuestMemory,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> DeviceQueue {
+        DeviceQueue { queue, index, memory, interrupt, used_since_signal: false }
+    }
+
+    /// The memory that its buffers are in.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Reports `DEVICE_NEEDS_RESET`.
+    pub fn needs_reset(&self) {
+        self.interrupt.needs_reset();
+    }
+
+    fn ring_error(&self, error: virtio_queue::Error) -> QueueError {
+        QueueError::Ring { queue: self.index, error }
+    }
+
+    /// Takes the next available chain; false where there is none. `chain` is reused, so that
+    /// nothing is allocated for a request.
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
+        let queue = self.index;
+        let size = self.queue.size();
+        let next = match self.queue.iter(&self.memory) {
+            Ok(mut available) => available.next(),
+            Err(error) => return Err(QueueError::Ring { queue, error }),
+        };
+        let Some(descriptors) = next else { return Ok(false) };
+        let head = descriptors.head_index();
+        let broken = |reason| QueueError::Chain { queue, head, reason };
+        if head >= size {
+            return Err(broken("head index outside the queue"));
+        }
+        chain.head = head;
+        chain.readable.clear();
+        chain.writable.clear();
+        let mut count = 0u32;
+        // The iterator ends at any error; a chain is whole when its last descriptor says so.
+        let mut complete = false;
+        for descriptor in descriptors {
+            count += 1;
+            if count > size.into() {
+                return Err(broken("longer than the queue"));
+            }
+            complete = !descriptor.has_next();
+            let part = if descriptor.is_write_only() {
+                &mut chain.writable
+            } else if chain.writable.segments.is_empty() {
+                &mut chain.readable
+            } else {
+                return Err(broken("readable after writable"));
+            };
+            let length = descriptor.len();
+            if length == 0 {
+                continue;
+            }
+            if !self.memory.check_range(descriptor.addr(), length as usize) {
+                return Err(broken("buffer outside guest memory"));
+            }
+            part.length = part.length.checked_add(length).ok_or(broken("longer than 4 GiB"))?;
+            part.segments.push((descriptor.addr(), length));
+        }
+        if !complete {
+            return Err(broken("does not end"));
+        }
+        Ok(true)
+    }
+
+    /// Gives the last chain taken back, as if it had not been taken.
+    pub fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Returns a chain to the driver with `length` bytes written.
+    pub fn push(&mut self, chain: &Chain, length: usize) -> Result<(), QueueError> {
+        self.push_head(chain.head, length)
+    }
+
+    /// The same for a chain of which only the head was kept.
+    pub fn push_head(&mut self, head: u16, length: usize) -> Result<(), QueueError> {
+        let length = u32::try_from(length).unwrap_or(u32::MAX);
+        self.used_since_signal = true;
+        self.queue.add_used(&self.memory, head, length).map_err(|error| self.ring_error(error))
+    }
+
+    /// Interrupts the driver if something was returned and it wants to know (virtio 1.2, 2.7.7).
+    pub fn signal(&mut self) -> Result<(), QueueError> {
+        if !std::mem::take(&mut self.used_since_signal) {
+            return Ok(());
+        }
+        let wanted = if self.queue.event_idx_enabled() {
+            self.queue.needs_notification(&self.memory)
+        } else {
+            self.interrupts_suppressed().map(|suppressed| !suppressed)
+        };
+        if wanted.map_err(|error| self.ring_error(error))? {
+            self.interrupt.used_buffers(self.index);
+        }
+        Ok(())
+    }
+
+    /// `VIRTQ_AVAIL_F_NO_INTERRUPT`, which virtio-queue leaves to us.
+    fn interrupts_suppressed(&self) -> Result<bool, virtio_queue::Error> {
+        const NO_INTERRUPT: u16 = 1;
+        let flags: u16 = self
+            .memory
+            .read_obj(GuestAddress(self.queue.avail_ring()))
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u16::from_le(flags) & NO_INTERRUPT != 0)
+    }
+
+    /// Asks the driver to notify us of new chains again; true where some are there already.
+    pub fn enable_notifications(&mut self) -> Result<bool, QueueError> {
+        self.queue
+            .enable_notification(&self.memory)
+            .map_err(|error| QueueError::Ring { queue: self.index, error })
+    }
+
+    /// Tells the driver that it need not notify us: we are looking anyway.
+    pub fn disable_notifications(&mut self) -> Result<(), QueueError> {
+        self.queue
+            .disable_notification(&self.memory)
+            .map_err(|error| QueueError::Ring { queue: self.index, error })
+    }
+}

@@ -1,0 +1,107 @@
+//! virtio-rng (virtio 1.2, 5.4): the host's random numbers.
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::queue::{Chain, DeviceQueue, QueueError};
+use super::{ActivateError, Activation, VirtioDevice};
+
+const QUEUE_SIZE: u16 = 64;
+/// Most bytes given for one chain, whatever its length: a driver asks again.
+const MAX_BYTES: usize = 4096;
+/// Chains served for one event.
+const BUDGET: usize = 64;
+
+/// An entropy device.
+pub struct Rng {
+    event: [EventFd; 1],
+    queue: Option<DeviceQueue>,
+    chain: Chain,
+}
+
+impl Rng {
+    /// An entropy device. Fails where no eventfd can be made.
+    pub fn new() -> std::io::Result<Rng> {
+        let event = [EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?];
+        Ok(Rng { event, queue: None, chain: Chain::default() })
+    }
+
+    fn process(&mut self) -> Result<(), QueueError> {
+        let Some(queue) = self.queue.as_mut() else { return Ok(()) };
+        let mut bytes = [0; MAX_BYTES];
+        let mut budget = BUDGET;
+        while queue.pop(&mut self.chain)? {
+            let wanted = self.chain.writable.len().min(MAX_BYTES);
+            let filled = fill(&mut bytes[..wanted]);
+            let written = self.chain.writable.write(queue.memory(), 0, &bytes[..filled]);
+            queue.push(&self.chain, written.unwrap_or(0))?;
+            budget -= 1;
+            if budget == 0 {
+                let _ = self.event[0].write(1);
+                break;
+            }
+        }
+        queue.signal()
+    }
+}
+
+/// Fills with random bytes and returns how many there are: none before the host's pool is ready.
+fn fill(bytes: &mut [u8]) -> usize {
+    // SAFETY: the pointer and the length describe `bytes`, which the call only writes to.
+    let got =
+        unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
+    usize::try_from(got).unwrap_or(0)
+}
+
+impl VirtioDevice for Rng {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_RNG
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn queue_events(&self) -> &[EventFd] {
+        &self.event
+    }
+
+    fn features(&self) -> u64 {
+        (1 << VIRTIO_F_VERSION_1)
+            | (1 << VIRTIO_RING_F_EVENT_IDX)
+            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let [queue] = super::take_queues("entropy", activation)?;
+        self.queue = Some(queue);
+        let _ = self.event[0].write(1);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.queue = None;
+    }
+}
+
+impl MutEventSubscriber for Rng {
+    fn init(&mut self, ops: &mut EventOps) {
+        super::register(ops, &self.event[0], 0, EventSet::IN);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let _ = self.event[0].read();
+        if let Err(error) = Rng::process(self) {
+            super::broken("entropy", &mut self.queue, &error);
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Gives devices their window, interrupt and events.
+
+use std::sync::{Arc, Mutex};
+
+use arch::acpi::VirtioMmio;
+use arch::layout;
+use devices::GuestMemory;
+use devices::bus::{Bus, BusDevice};
+use devices::virtio::VirtioDevice;
+use devices::virtio::mmio::MmioTransport;
+use event_manager::MutEventSubscriber;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::StartError;
+
+/// What waits for events; shared with the device's registers.
+pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
+
+/// The devices of a machine that is being built.
+#[derive(Default)]
+pub struct DeviceManager {
+    /// Ports.
+    pub pio: Bus,
+    /// Addresses.
+    pub mmio: Bus,
+    /// For the event loop.
+    pub subscribers: Vec<Subscriber>,
+    /// For the ACPI tables.
+    pub virtio: Vec<VirtioMmio>,
+    interrupts: Vec<(EventFd, u32)>,
+    notifications: Vec<(EventFd, u64, u32)>,
+}
+
+impl DeviceManager {
+    /// Adds a virtio device at the next window, with the next interrupt.
+    pub fn add_virtio<D: VirtioDevice + 'static>(
+        &mut self,
+        memory: &GuestMemory,
+        name: &str,
+        device: D,
+    ) -> Result<(), StartError> {
+        let index = self.virtio.len() as u32;
+        let gsi = layout::FIRST_GSI + index;
+        if gsi > layout::LAST_GSI {
+            let most = layout::LAST_GSI - layout::FIRST_GSI + 1;
+            return Err(StartError::TooManyDevices(most as usize));
+        }
+        let address = layout::VIRTIO_MMIO + u64::from(index) * layout::VIRTIO_MMIO_SIZE;
+        let device = Arc::new(Mutex::new(device));
+        let failed = StartError::device::<std::io::Error>;
+        let transport = MmioTransport::new(memory.clone(), device.clone()).map_err(failed(name))?;
+        let interrupt = transport.interrupt_event().try_clone().map_err(failed(name))?;
+        self.interrupts.push((interrupt, gsi));
+        let notify = address + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY);
+        for (queue, event) in
+            transport.queue_events().map_err(failed(name))?.into_iter().enumerate()
+        {
+            self.notifications.push((event, notify, queue as u32));
+        }
+        self.add_mmio(address, layout::VIRTIO_MMIO_SIZE, transport)?;
+        self.subscribers.push(device);
+        self.virtio.push(VirtioMmio { address: address as u32, gsi });
+        Ok(())
+    }
+
+    /// Lets a device answer at these addresses.
+    pub fn add_mmio(
+        &mut self,
+        start: u64,
+        size: u64,
+        device: impl BusDevice + 'static,
+    ) -> Result<(), StartError> {
+        let device = Arc::new(Mutex::new(device));
+        self.mmio.insert(start, size, device).map_err(StartError::device("MMIO"))
+    }
+
+    /// Lets a device answer at these ports.
+    pub fn add_pio(
+        &mut self,
+        start: u16,
+        size: u64,
+        device: Arc<Mutex<dyn BusDevice>>,
+    ) -> Result<(), StartError> {
+        self.pio.insert(start.into(), size, device).map_err(StartError::device("port I/O"))
+    }
+
+    /// An interrupt line of a device that is not virtio.
+    pub fn add_interrupt(&mut self, event: EventFd, gsi: u32) {
+        self.interrupts.push((event, gsi));
+    }
+
+    /// Tells KVM of interrupts and, last of all, of notifications: each of those costs a grace
+    /// period of the host's kernel at the next change of memory slots.
+    pub fn connect(&mut self, vm: &VmFd) -> Result<(), StartError> {
+        for (event, gsi) in self.interrupts.drain(..) {
+            vm.register_irqfd(&event, gsi).map_err(StartError::kvm("KVM_IRQFD"))?;
+        }
+        for (event, address, queue) in self.notifications.drain(..) {
+            let address = IoEventAddress::Mmio(address);
+            vm.register_ioevent(&event, &address, queue)
+                .map_err(StartError::kvm("KVM_IOEVENTFD"))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,175 @@
+//! The loop that serves devices until the machine ends.
+
+use std::io::{IsTerminal, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use api_server::machine::exit_status;
+use devices::legacy::power::{PowerRequest, PowerSwitch};
+use devices::legacy::serial::SerialPort;
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::StartError;
+use crate::device_manager::Subscriber;
+use crate::machine::Running;
+use crate::vcpu::{Halt, HaltSwitch};
+
+/// Serves the machine and returns the exit status that says why it ended.
+pub fn run(mut running: Running) -> Result<i32, StartError> {
+    let mut events = EventManager::<Subscriber>::new().map_err(|error| StartError::Device {
+        device: "event loop".into(),
+        reason: format!("{error:?}"),
+    })?;
+    let end = Arc::new(Mutex::new(End::new(&running)?));
+    events.add_subscriber(end.clone());
+    for device in running.subscribers.drain(..) {
+        events.add_subscriber(device);
+    }
+    let _terminal = running.serial.take().map(|serial| {
+        events.add_subscriber(Arc::new(Mutex::new(SerialInput { serial, open: true })));
+        RawTerminal::enter()
+    });
+    loop {
+        if let Err(error) = events.run() {
+            tracing::error!(?error, "event loop");
+        }
+        let status = end.lock().unwrap_or_else(PoisonError::into_inner).status;
+        if let Some(status) = status {
+            return Ok(status);
+        }
+    }
+}
+
+/// Watches all that ends a machine.
+struct End {
+    power: Arc<PowerSwitch>,
+    halt: Arc<HaltSwitch>,
+    signals: SignalFd,
+    status: Option<i32>,
+}
+
+impl End {
+    fn new(running: &Running) -> Result<End, StartError> {
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        let signals = SignalFd::with_flags(&ending_signals(), flags)
+            .map_err(|error| StartError::Host { what: "signalfd", error: error.into() })?;
+        Ok(End { power: running.power.clone(), halt: running.halt.clone(), signals, status: None })
+    }
+}
+
+/// The signals that end a machine; to be blocked before any thread is made.
+pub fn ending_signals() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT].into_iter().collect()
+}
+
+impl MutEventSubscriber for End {
+    fn init(&mut self, ops: &mut EventOps) {
+        let descriptors = [
+            self.power.event().as_raw_fd(),
+            self.halt.event().as_raw_fd(),
+            self.signals.as_raw_fd(),
+        ];
+        for descriptor in descriptors {
+            if let Err(error) = ops.add(Events::new(&Descriptor(descriptor), EventSet::IN)) {
+                tracing::error!(?error, "cannot watch for the machine's end");
+            }
+        }
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let (status, why) = if let Ok(Some(signal)) = self.signals.read_signal() {
+            match signal.ssi_signo as i32 {
+                libc::SIGINT => (exit_status::INTERRUPTED, "SIGINT"),
+                _ => (exit_status::TERMINATED, "SIGTERM"),
+            }
+        } else if let Some(request) = self.power.request() {
+            match request {
+                PowerRequest::Off => (exit_status::POWER_OFF, "the guest switched itself off"),
+                PowerRequest::Reset => (exit_status::REBOOT, "the guest asked for a reset"),
+            }
+        } else if let Some(halt) = self.halt.halt() {
+            match halt {
+                Halt::Reset => (exit_status::REBOOT, "the guest asked for a reset"),
+                Halt::Crash => (exit_status::GUEST_CRASH, "the guest crashed"),
+            }
+        } else {
+            return;
+        };
+        tracing::info!("ending with status {status}: {why}");
+        self.status = Some(status);
+    }
+}
+
+struct Descriptor(RawFd);
+
+impl AsRawFd for Descriptor {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
+}
+
+/// Standard input as the serial port's input.
+struct SerialInput {
+    serial: Arc<Mutex<SerialPort>>,
+    open: bool,
+}
+
+impl MutEventSubscriber for SerialInput {
+    fn init(&mut self, ops: &mut EventOps) {
+        // A regular file cannot be waited for; nothing is lost by not reading one.
+        if ops.add(Events::new(&Descriptor(0), EventSet::IN)).is_err() {
+            self.open = false;
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bytes = [0; 64];
+        // What the port has no room for is read and lost, as on a wire: waiting for room would
+        // mean to poll.
+        match std::io::stdin().read(&mut bytes) {
+            Ok(count @ 1..) => serial.input(&bytes[..count]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            _ if self.open => {
+                self.open = false;
+                let _ = ops.remove(events);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Standard input as a terminal without line editing, until dropped.
+struct RawTerminal(Option<nix::sys::termios::Termios>);
+
+impl RawTerminal {
+    fn enter() -> RawTerminal {
+        use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
+        let stdin = std::io::stdin();
+        if !stdin.is_terminal() {
+            return RawTerminal(None);
+        }
+        let Ok(before) = tcgetattr(&stdin) else { return RawTerminal(None) };
+        let mut raw = before.clone();
+        cfmakeraw(&mut raw);
+        // Ctrl-C still ends the machine.
+        raw.local_flags |= nix::sys::termios::LocalFlags::ISIG;
+        raw.output_flags |= nix::sys::termios::OutputFlags::OPOST;
+        let entered = tcsetattr(&stdin, SetArg::TCSANOW, &raw).is_ok();
+        RawTerminal(entered.then_some(before))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            let _ = nix::sys::termios::tcsetattr(
+                std::io::stdin(),
+                nix::sys::termios::SetArg::TCSANOW,
+                before,
+            );
+        }
+    }
+}
