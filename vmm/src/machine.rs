@@ -19,7 +19,9 @@ use devices::GuestMemory;
 use devices::legacy::power::{AcpiPower, I8042, PowerSwitch};
 use devices::legacy::serial::SerialPort;
 use devices::virtio::block::{Block, BlockOptions, Disk};
+use devices::virtio::net::{Net, NetOptions, Tap};
 use devices::virtio::rng::Rng;
+use devices::virtio::vsock::Vsock as VsockDevice;
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_userspace_memory_region,
 };
@@ -72,8 +74,8 @@ pub struct Running {
 }
 
 /// Makes the machine and lets it run.
-pub fn start(plan: Plan) -> Result<Running, StartError> {
-    let Some(source) = &plan.boot_source else { return Err(StartError::NoBootSource) };
+pub fn start(mut plan: Plan) -> Result<Running, StartError> {
+    let source = plan.boot_source.take().ok_or(StartError::NoBootSource)?;
     let kvm = open_kvm()?;
     let vm = kvm.create_vm().map_err(StartError::kvm("KVM_CREATE_VM"))?;
     let memory = memory::create(plan.machine.mem_size_mib)?;
@@ -90,9 +92,9 @@ pub fn start(plan: Plan) -> Result<Running, StartError> {
     if let Some(since) = plan.boot_timer {
         manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(since))?;
     }
-    let root = add_virtio(&mut manager, &memory, &plan)?;
+    let root = add_virtio(&mut manager, &memory, &mut plan)?;
 
-    let kernel = load(&memory, source, &plan, root, &manager, serial.is_some())?;
+    let kernel = load(&memory, &source, &plan, root, &manager, serial.is_some())?;
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(StartError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
@@ -165,7 +167,7 @@ struct RootDevice {
 fn add_virtio(
     manager: &mut DeviceManager,
     memory: &GuestMemory,
-    plan: &Plan,
+    plan: &mut Plan,
 ) -> Result<Option<RootDevice>, StartError> {
     let mut root = None;
     // The guest names drives in the order in which it finds them; the root device is /dev/vda.
@@ -184,6 +186,25 @@ fn add_virtio(
             let partuuid = drive.partuuid.clone();
             root = Some(RootDevice { partuuid, read_only: drive.is_read_only });
         }
+    }
+    for (interface, tap) in &mut plan.interfaces {
+        let id = &interface.iface_id;
+        let mac = interface.check().map_err(StartError::device(format!("interface {id}")))?;
+        let tap = match tap.take() {
+            Some(descriptor) => Tap::from_descriptor(descriptor),
+            None => Tap::open(&interface.host_dev_name),
+        };
+        let name = format!("interface {id}: TAP {}", interface.host_dev_name);
+        let tap = tap.map_err(StartError::device::<std::io::Error>(name))?;
+        let options = NetOptions { id: id.clone(), mac, mtu: interface.mtu };
+        let net = Net::new(options, tap).map_err(StartError::device(id))?;
+        manager.add_virtio(memory, id, net)?;
+    }
+    if let Some(vsock) = &plan.vsock {
+        let name = format!("vsock: {}", vsock.uds_path.display());
+        let vsock =
+            VsockDevice::new(vsock.guest_cid, &vsock.uds_path).map_err(StartError::device(name))?;
+        manager.add_virtio(memory, "vsock", vsock)?;
     }
     if plan.entropy.is_some() {
         let rng = Rng::new().map_err(StartError::device("entropy"))?;

@@ -4,8 +4,10 @@ pub mod block;
 pub mod console;
 mod device;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
+pub mod vsock;
 
 use std::os::fd::AsRawFd;
 
