@@ -1,0 +1,276 @@
+//! From the initramfs to the image: the root file system and what is mounted over it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, lchown, symlink};
+use std::path::{Path, PathBuf};
+
+use agent_protocol::{Mount, MountSource, Root, Start, Writable};
+use nix::mount::{MsFlags, mount};
+use nix::sys::stat::{Mode, SFlag, UtimensatFlags, mknod, utimensat};
+use nix::sys::time::TimeSpec;
+
+use crate::error::{Context, SetupError};
+use crate::{devices, files};
+
+const IMAGE: &str = "/image";
+const UPPER: &str = "/upper";
+const ROOT: &str = "/root";
+
+/// Mounts the image with its writable layer, moves there, and mounts what a container has.
+pub fn enter(start: &Start) -> Result<(), SetupError> {
+    mount_root(&start.root)?;
+    // Files made here stay reachable by descriptor after the move.
+    let prepared = prepare_files(start)?;
+    fs::create_dir_all(format!("{ROOT}/dev")).context(|| "/dev".to_owned())?;
+    mount_kind("tmpfs", &format!("{ROOT}/dev"), MsFlags::MS_NOSUID, "mode=755,size=65536k")?;
+    devices::populate(Path::new(&format!("{ROOT}/dev")))?;
+    let volumes = mount_volumes(&start.mounts)?;
+    for name in ["proc", "sys"] {
+        let (from, to) = (format!("/{name}"), format!("{ROOT}/{name}"));
+        fs::create_dir_all(&to).context(|| to.clone())?;
+        move_mount(&from, &to)?;
+    }
+    switch_root()?;
+    pseudo_file_systems()?;
+    for (file, path) in &prepared {
+        bind_file(file, path)?;
+    }
+    for (mount, volume) in start.mounts.iter().zip(volumes) {
+        mount_one(mount, volume)?;
+    }
+    if start.root.writable == Writable::No {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
+            .context(|| "cannot make the root read-only".to_owned())?;
+    }
+    Ok(())
+}
+
+fn mount_root(root: &Root) -> Result<(), SetupError> {
+    for path in [IMAGE, UPPER, ROOT] {
+        fs::create_dir_all(path).context(|| path.to_owned())?;
+    }
+    devices::wait_for_block(&root.device)?;
+    mount(Some(root.device.as_str()), IMAGE, Some("erofs"), MsFlags::MS_RDONLY, None::<&str>)
+        .context(|| format!("cannot mount the image from {}", root.device))?;
+    match &root.writable {
+        Writable::Device(device) => {
+            devices::wait_for_block(device)?;
+            let options = Some("noauto_da_alloc");
+            mount(Some(device.as_str()), UPPER, Some("ext4"), MsFlags::MS_NOATIME, options)
+                .context(|| format!("cannot mount the writable layer from {device}"))?;
+        }
+        // A read-only root gets its mount points on a tmpfs, and is made read-only at the end.
+        Writable::No => mount_kind("tmpfs", UPPER, MsFlags::empty(), "mode=755,size=1m")?,
+        Writable::Tmpfs { size } => {
+            mount_kind("tmpfs", UPPER, MsFlags::empty(), &tmpfs_options(*size, 0o755))?;
+        }
+    }
+    for name in ["data", "work"] {
+        let path = format!("{UPPER}/{name}");
+        fs::create_dir_all(&path).context(|| path.clone())?;
+    }
+    copy_attributes(Path::new(IMAGE), &PathBuf::from(format!("{UPPER}/data")))
+        .context(|| "root directory".to_owned())?;
+    let options = format!("lowerdir={IMAGE},upperdir={UPPER}/data,workdir={UPPER}/work");
+    mount(Some("overlay"), ROOT, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+        .context(|| "cannot join the image and its writable layer".to_owned())
+}
+
+fn tmpfs_options(size: u64, mode: u32) -> String {
+    match size {
+        0 => format!("mode={mode:o}"),
+        size => format!("mode={mode:o},size={size}"),
+    }
+}
+
+fn mount_kind(kind: &str, target: &str, flags: MsFlags, options: &str) -> Result<(), SetupError> {
+    mount(Some(kind), target, Some(kind), flags, Some(options))
+        .context(|| format!("mount {kind} on {target}"))
+}
+
+fn move_mount(from: &str, to: &str) -> Result<(), SetupError> {
+    mount(Some(from), to, None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+        .context(|| format!("move {from} to {to}"))
+}
+
+/// Makes the new root the process's own, and lets the initramfs go.
+fn switch_root() -> Result<(), SetupError> {
+    std::env::set_current_dir(ROOT).context(|| ROOT.to_owned())?;
+    let _ = fs::remove_file("/init");
+    move_mount(".", "/")?;
+    nix::unistd::chroot(".").context(|| "chroot".to_owned())?;
+    std::env::set_current_dir("/").context(|| "/".to_owned())
+}
+
+fn pseudo_file_systems() -> Result<(), SetupError> {
+    for path in ["/dev/pts", "/dev/shm", "/dev/mqueue"] {
+        fs::create_dir_all(path).context(|| path.to_owned())?;
+    }
+    let secure = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    mount_kind("devpts", "/dev/pts", secure, "newinstance,ptmxmode=0666,mode=0620,gid=5")?;
+    mount_kind("tmpfs", "/dev/shm", secure | MsFlags::MS_NODEV, "mode=1777")?;
+    mount_kind("mqueue", "/dev/mqueue", secure | MsFlags::MS_NODEV, "")?;
+    // Kernels without control groups run containers without them.
+    let _ = mount(
+        Some("cgroup2"),
+        "/sys/fs/cgroup",
+        Some("cgroup2"),
+        secure | MsFlags::MS_NODEV,
+        None::<&str>,
+    );
+    Ok(())
+}
+
+/// The files that the host's request decides, open, each with its path in the image.
+fn prepare_files(start: &Start) -> Result<Vec<(File, &'static str)>, SetupError> {
+    let mut prepared = Vec::new();
+    let mut add = |path: &'static str, text: String| {
+        let name = format!("/prepared{}", path.replace('/', "-"));
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o644)
+            .open(&name)
+            .context(|| path.to_owned())?;
+        file.write_all(text.as_bytes()).context(|| path.to_owned())?;
+        prepared.push((file, path));
+        Ok::<_, SetupError>(())
+    };
+    add("/etc/hostname", format!("{}\n", start.hostname))?;
+    add("/etc/hosts", files::hosts(&start.hostname, start.network.as_ref()))?;
+    if let Some(network) = &start.network {
+        add("/etc/resolv.conf", files::resolv_conf(network))?;
+    }
+    Ok(prepared)
+}
+
+/// Binds a file over a path of the image, whose links lead where they lead in the image.
+fn bind_file(file: &File, path: &str) -> Result<(), SetupError> {
+    let target = Path::new(path);
+    if !target.exists() {
+        let real = match fs::read_link(target) {
+            Ok(link) => target.parent().unwrap_or(Path::new("/")).join(link),
+            Err(_) => target.to_owned(),
+        };
+        if let Some(parent) = real.parent() {
+            fs::create_dir_all(parent).context(|| path.to_owned())?;
+        }
+        File::create(&real).context(|| path.to_owned())?;
+    }
+    let source = format!("/proc/self/fd/{}", file.as_raw_fd());
+    mount(Some(source.as_str()), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .context(|| path.to_owned())
+}
+
+/// Mounts the devices of volumes where the image cannot see them, before the move.
+fn mount_volumes(mounts: &[Mount]) -> Result<Vec<Option<File>>, SetupError> {
+    let mut volumes = Vec::new();
+    for (index, mount_point) in mounts.iter().enumerate() {
+        let MountSource::Device { device, fs_type, copy_up } = &mount_point.source else {
+            volumes.push(None);
+            continue;
+        };
+        let place = format!("/volume{index}");
+        fs::create_dir_all(&place).context(|| place.clone())?;
+        devices::wait_for_block(device)?;
+        let flags = if mount_point.read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+        mount(Some(device.as_str()), place.as_str(), Some(fs_type.as_str()), flags, None::<&str>)
+            .context(|| format!("cannot mount the volume for {}", mount_point.target))?;
+        let lost = Path::new(&place).join("lost+found");
+        if *copy_up && !mount_point.read_only {
+            fill(Path::new(&place), &lost, &mount_point.target)?;
+        }
+        let folder = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY)
+            .open(&place)
+            .context(|| place.clone())?;
+        volumes.push(Some(folder));
+    }
+    Ok(volumes)
+}
+
+/// Gives an empty volume what the image has at its target.
+fn fill(volume: &Path, lost: &Path, target: &str) -> Result<(), SetupError> {
+    let what = || format!("cannot fill the volume for {target}");
+    let mut entries = fs::read_dir(volume).context(what)?;
+    if entries.any(|entry| entry.is_ok_and(|entry| entry.path() != lost)) {
+        return Ok(());
+    }
+    let _ = fs::remove_dir(lost);
+    let source = Path::new(ROOT).join(target.trim_start_matches('/'));
+    // A link here would lead out of the image.
+    if fs::symlink_metadata(&source).is_ok_and(|metadata| metadata.is_dir()) {
+        copy_tree(&source, volume).context(what)?;
+    }
+    Ok(())
+}
+
+fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            fs::create_dir(&target)?;
+            copy_tree(&source, &target)?;
+        } else if kind.is_symlink() {
+            symlink(fs::read_link(&source)?, &target)?;
+            let metadata = fs::symlink_metadata(&source)?;
+            lchown(&target, Some(metadata.uid()), Some(metadata.gid()))?;
+            continue;
+        } else if kind.is_file() {
+            fs::copy(&source, &target)?;
+        } else {
+            let metadata = entry.metadata()?;
+            let kind = if kind.is_fifo() {
+                SFlag::S_IFIFO
+            } else if kind.is_char_device() {
+                SFlag::S_IFCHR
+            } else if kind.is_block_device() {
+                SFlag::S_IFBLK
+            } else {
+                continue;
+            };
+            mknod(&target, kind, Mode::from_bits_truncate(0o600), metadata.rdev())?;
+        }
+        copy_attributes(&source, &target)?;
+    }
+    copy_attributes(from, to)
+}
+
+/// Owner, mode and times; not of symbolic links.
+fn copy_attributes(from: &Path, to: &Path) -> std::io::Result<()> {
+    let metadata = fs::symlink_metadata(from)?;
+    lchown(to, Some(metadata.uid()), Some(metadata.gid()))?;
+    fs::set_permissions(to, metadata.permissions())?;
+    let time = TimeSpec::new(metadata.mtime(), metadata.mtime_nsec());
+    utimensat(nix::fcntl::AT_FDCWD, to, &time, &time, UtimensatFlags::NoFollowSymlink)?;
+    Ok(())
+}
+
+fn mount_one(wanted: &Mount, volume: Option<File>) -> Result<(), SetupError> {
+    let target = wanted.target.as_str();
+    fs::create_dir_all(target).context(|| target.to_owned())?;
+    match (&wanted.source, volume) {
+        (MountSource::Tmpfs { size, mode, no_exec }, _) => {
+            let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+            flags.set(MsFlags::MS_NOEXEC, *no_exec);
+            flags.set(MsFlags::MS_RDONLY, wanted.read_only);
+            mount_kind("tmpfs", target, flags, &tmpfs_options(*size, *mode))
+        }
+        (MountSource::Device { .. }, Some(folder)) => {
+            let source = format!("/proc/self/fd/{}", folder.as_raw_fd());
+            mount(Some(source.as_str()), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+                .context(|| format!("cannot mount the volume for {target}"))
+        }
+        (MountSource::Device { .. }, None) => {
+            Err(SetupError::setup(format!("the volume for {target} is not mounted")))
+        }
+    }
+}

@@ -1,0 +1,404 @@
+//! The image's process: PID 1 of a PID namespace of its own, as it would be in a container.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::thread::JoinHandle;
+
+use agent_protocol::{Process as Description, Start, StartFailure, Stream, WindowSize};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::mount::{MsFlags, mount};
+use nix::pty::{Winsize, openpty};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use crate::error::{Context, SetupError};
+use crate::users::Identity;
+use crate::{early, mounts, network, streams, users};
+
+nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, Winsize);
+nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
+
+/// Where programs are sought when the environment does not say.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A process that runs.
+pub struct Process {
+    id: u32,
+    pid: Pid,
+    terminal: Option<File>,
+    pumps: Mutex<Vec<JoinHandle<()>>>,
+    killed_before: u64,
+}
+
+/// How a process ended.
+pub struct End {
+    /// Its status as a shell tells it.
+    pub status: u8,
+    /// The kernel killed it for want of memory.
+    pub out_of_memory: bool,
+}
+
+/// Sets the machine up as `start` says, and starts its process.
+pub fn start_machine(start: &Start, streams: HashMap<Stream, File>) -> Result<Process, SetupError> {
+    set_clock(start.time_ns);
+    // Mixed into the pool; the kernel credits what it trusts by itself.
+    let _ = fs::write("/dev/urandom", &start.entropy);
+    nix::unistd::sethostname(&start.hostname).context(|| "hostname".to_owned())?;
+    network::set_up(start.network.as_ref())?;
+    mounts::enter(start)?;
+    // Others go first when memory runs out.
+    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+    spawn(&start.process, streams)
+}
+
+fn set_clock(nanoseconds: u64) {
+    let time = nix::sys::time::TimeSpec::new(
+        (nanoseconds / 1_000_000_000) as libc::time_t,
+        (nanoseconds % 1_000_000_000) as libc::c_long,
+    );
+    if let Err(error) = nix::time::clock_settime(nix::time::ClockId::CLOCK_REALTIME, time) {
+        early::log(&format!("clock: {error}"));
+    }
+}
+
+fn spawn(description: &Description, streams: HashMap<Stream, File>) -> Result<Process, SetupError> {
+    let Some((program, arguments)) = description.argv.split_first() else {
+        return Err(SetupError::setup("no command specified"));
+    };
+    let identity = users::resolve(&description.user, &description.groups)?;
+    let cwd = PathBuf::from(&description.cwd);
+    fs::create_dir_all(&cwd).context(|| format!("working directory {}", cwd.display()))?;
+    let mut environment: Vec<(&str, &str)> =
+        description.env.iter().filter_map(|entry| entry.split_once('=')).collect();
+    if !environment.iter().any(|(name, _)| *name == "HOME") {
+        environment.push(("HOME", &identity.home));
+    }
+    let path = environment.iter().rev().find(|(name, _)| *name == "PATH");
+    let executable = find(program, path.map_or(DEFAULT_PATH, |(_, path)| path), &cwd)?;
+
+    let mut command = Command::new(&executable);
+    command.arg0(program).args(arguments).env_clear().envs(environment).current_dir("/");
+    let io = Io::prepare(&mut command, description, &streams)?;
+
+    // Children of this thread are made in the new namespace; the first is its PID 1.
+    unshare(CloneFlags::CLONE_NEWPID).context(|| "PID namespace".to_owned())?;
+    let killed_before = out_of_memory_kills();
+    let child = Child {
+        identity,
+        cwd,
+        rlimits: description.rlimits.clone(),
+        terminal: io.terminal.is_some(),
+    };
+    // SAFETY: between fork and exec the closure makes system calls with data that was made before;
+    // it neither allocates nor takes a lock another thread could have held.
+    unsafe { command.pre_exec(move || child.become_it()) };
+    let spawned = command.spawn().map_err(|error| cannot_execute(program, &error))?;
+    drop(command);
+    let pid = Pid::from_raw(spawned.id() as i32);
+    let (terminal, pumps) = io.connect(streams)?;
+    Ok(Process { id: description.id, pid, terminal, pumps: Mutex::new(pumps), killed_before })
+}
+
+fn cannot_execute(program: &str, error: &io::Error) -> SetupError {
+    let kind = match error.raw_os_error() {
+        Some(libc::ENOENT) => StartFailure::NotFound,
+        Some(libc::EACCES | libc::ENOEXEC | libc::EISDIR | libc::EPERM | libc::ETXTBSY) => {
+            StartFailure::CannotExecute
+        }
+        _ => StartFailure::Setup,
+    };
+    let reason = error.raw_os_error().map_or_else(
+        || error.to_string(),
+        |number| nix::errno::Errno::from_raw(number).desc().to_lowercase(),
+    );
+    SetupError { kind, message: format!("exec {program}: {reason}") }
+}
+
+/// The file to execute, by the rules of a shell, with errors as other container engines tell them.
+fn find(program: &str, path: &str, cwd: &Path) -> Result<PathBuf, SetupError> {
+    let fail = |kind, reason: &str| {
+        Err(SetupError { kind, message: format!("exec: {program:?}: {reason}") })
+    };
+    if program.contains('/') {
+        let file = cwd.join(program);
+        return match fs::metadata(&file) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                fail(StartFailure::CannotExecute, "permission denied")
+            }
+            Err(_) => {
+                fail(StartFailure::NotFound, &format!("stat {program}: no such file or directory"))
+            }
+            Ok(metadata) if metadata.is_dir() => {
+                fail(StartFailure::CannotExecute, "is a directory")
+            }
+            Ok(metadata) if metadata.permissions().mode() & 0o111 == 0 => {
+                fail(StartFailure::CannotExecute, "permission denied")
+            }
+            Ok(_) => Ok(file),
+        };
+    }
+    let mut forbidden = false;
+    for folder in path.split(':') {
+        let file = cwd.join(folder).join(program);
+        match fs::metadata(&file) {
+            Ok(metadata) if metadata.is_file() => {
+                if metadata.permissions().mode() & 0o111 != 0 && !program.is_empty() {
+                    return Ok(file);
+                }
+                forbidden = true;
+            }
+            _ => {}
+        }
+    }
+    if forbidden {
+        fail(StartFailure::CannotExecute, "permission denied")
+    } else {
+        fail(StartFailure::NotFound, "executable file not found in $PATH")
+    }
+}
+
+/// Kills for want of memory since the machine began.
+fn out_of_memory_kills() -> u64 {
+    let text = fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+}
+
+/// What the child does to itself before it executes the program.
+struct Child {
+    identity: Identity,
+    cwd: PathBuf,
+    rlimits: Vec<agent_protocol::Rlimit>,
+    terminal: bool,
+}
+
+impl Child {
+    fn become_it(&self) -> io::Result<()> {
+        nix::unistd::setsid()?;
+        if self.terminal {
+            // SAFETY: standard input is the terminal, and the argument is a number.
+            unsafe { set_controlling_terminal(0, 0) }?;
+        }
+        // Its own /proc, which shows its own PIDs.
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(
+            None::<&str>,
+            "/",
+            None::<&str>,
+            MsFlags::MS_PRIVATE | MsFlags::MS_REC,
+            None::<&str>,
+        )?;
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        mount(Some("proc"), "/proc", Some("proc"), flags, None::<&str>)?;
+        for limit in &self.rlimits {
+            let value = libc::rlimit64 { rlim_cur: limit.soft, rlim_max: limit.hard };
+            // SAFETY: the structure outlives the call, which only reads it.
+            if unsafe { libc::setrlimit64(limit.resource, &raw const value) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        // SAFETY: a write of a constant to a file of /proc by plain system calls.
+        unsafe {
+            let file =
+                libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+            if file >= 0 {
+                libc::write(file, c"0".as_ptr().cast(), 1);
+                libc::close(file);
+            }
+        }
+        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+        let id = &self.identity;
+        // SAFETY: the pointer and the count describe the vector; the calls only change this
+        // process, which has one thread.
+        let changed = unsafe {
+            libc::syscall(libc::SYS_setgroups, id.groups.len(), id.groups.as_ptr()) == 0
+                && libc::syscall(libc::SYS_setresgid, id.gid, id.gid, id.gid) == 0
+        };
+        if !changed {
+            return Err(io::Error::last_os_error());
+        }
+        // As root where root may go and the user may not: what other engines do too.
+        nix::unistd::chdir(self.cwd.as_os_str().as_bytes())?;
+        // SAFETY: as above.
+        if unsafe { libc::syscall(libc::SYS_setresuid, id.uid, id.uid, id.uid) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+/// Our ends of a process's standard streams.
+#[derive(Default)]
+struct Io {
+    terminal: Option<File>,
+    stdin: Option<File>,
+    stdout: Option<File>,
+    stderr: Option<File>,
+}
+
+impl Io {
+    fn prepare(
+        command: &mut Command,
+        description: &Description,
+        streams: &HashMap<Stream, File>,
+    ) -> Result<Io, SetupError> {
+        let mut io = Io::default();
+        if let Some(size) = description.terminal {
+            let pair = openpty(&winsize(size), None).context(|| "terminal".to_owned())?;
+            let slave =
+                || pair.slave.try_clone().map(Stdio::from).context(|| "terminal".to_owned());
+            command.stdin(slave()?).stdout(slave()?).stderr(slave()?);
+            io.terminal = Some(File::from(pair.master));
+            return Ok(io);
+        }
+        let attached = |stream| streams.contains_key(&stream);
+        if attached(Stream::Stdin) {
+            let (ours, theirs) = pipe(OurEnd::Write)?;
+            command.stdin(theirs);
+            io.stdin = Some(ours);
+        } else {
+            command.stdin(Stdio::null());
+        }
+        // Output is always taken: a process must not die of a closed pipe because nobody looks.
+        let (ours, theirs) = pipe(OurEnd::Read)?;
+        command.stdout(theirs);
+        io.stdout = Some(ours);
+        let (ours, theirs) = pipe(OurEnd::Read)?;
+        command.stderr(theirs);
+        io.stderr = Some(ours);
+        Ok(io)
+    }
+
+    /// Starts the copying; our end of the terminal, and the threads that end with the output.
+    fn connect(
+        self,
+        mut streams: HashMap<Stream, File>,
+    ) -> Result<(Option<File>, Vec<JoinHandle<()>>), SetupError> {
+        let failed = || "cannot start copying output".to_owned();
+        let mut pumps = Vec::new();
+        let mut terminal = None;
+        let stdin = streams.remove(&Stream::Stdin);
+        if let Some(master) = self.terminal {
+            let clone = || master.try_clone().context(failed);
+            if let Some(stdin) = stdin {
+                streams::input(stdin, clone()?).context(failed)?;
+            }
+            pumps.push(streams::output(clone()?, streams.remove(&Stream::Stdout)).context(failed)?);
+            terminal = Some(master);
+        } else {
+            if let (Some(stdin), Some(pipe)) = (stdin, self.stdin) {
+                streams::input(stdin, pipe).context(failed)?;
+            }
+            for (pipe, stream) in [(self.stdout, Stream::Stdout), (self.stderr, Stream::Stderr)] {
+                if let Some(pipe) = pipe {
+                    pumps.push(streams::output(pipe, streams.remove(&stream)).context(failed)?);
+                }
+            }
+        }
+        Ok((terminal, pumps))
+    }
+}
+
+enum OurEnd {
+    Read,
+    Write,
+}
+
+/// A pipe: our end of it, and the process's.
+fn pipe(ours: OurEnd) -> Result<(File, OwnedFd), SetupError> {
+    let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).context(|| "pipe".to_owned())?;
+    // Larger pipes mean fewer switches; a refusal costs nothing else.
+    let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(streams::CHUNK as i32));
+    Ok(match ours {
+        OurEnd::Read => (File::from(read), write),
+        OurEnd::Write => (File::from(write), read),
+    })
+}
+
+fn winsize(size: WindowSize) -> Winsize {
+    Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 }
+}
+
+impl Process {
+    /// The host's name for it.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Sends a signal to it, or to the process group it leads.
+    pub fn signal(&self, signal: Signal, group: bool) {
+        let pid = if group { Pid::from_raw(-self.pid.as_raw()) } else { self.pid };
+        let _ = kill(pid, signal);
+    }
+
+    /// Tells its terminal a new size.
+    pub fn resize(&self, size: WindowSize) {
+        if let Some(terminal) = &self.terminal {
+            let size = winsize(size);
+            // SAFETY: the descriptor is open, and the call reads one Winsize.
+            let _ = unsafe { set_window_size(terminal.as_raw_fd(), &raw const size) };
+        }
+    }
+
+    /// Waits for its end, reaping all that comes to us as PID 1 meanwhile, and for its output to be
+    /// with the host. With it the kernel ends every process of its namespace, so the output ends.
+    pub fn wait(&self) -> End {
+        let (status, killed) = loop {
+            match waitpid(None, None) {
+                Ok(WaitStatus::Exited(pid, status)) if pid == self.pid => {
+                    break (status as u8, false);
+                }
+                Ok(WaitStatus::Signaled(pid, signal, _)) if pid == self.pid => {
+                    break (128u8.wrapping_add(signal as i32 as u8), signal == Signal::SIGKILL);
+                }
+                Ok(_) | Err(nix::Error::EINTR) => {}
+                // Without a child there is none to wait for.
+                Err(_) => break (255, false),
+            }
+        };
+        let pumps = std::mem::take(&mut *self.pumps.lock().unwrap_or_else(|e| e.into_inner()));
+        for pump in pumps {
+            let _ = pump.join();
+        }
+        let out_of_memory = killed && out_of_memory_kills() > self.killed_before;
+        End { status, out_of_memory }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_found_and_missing_ones_told_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::create_dir(path("bin")).unwrap();
+        for (name, mode) in [("bin/tool", 0o755), ("bin/plain", 0o644)] {
+            fs::write(path(name), "").unwrap();
+            fs::set_permissions(path(name), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let look = |program: &str| {
+            let search = format!("/none:{}", path("bin").display());
+            find(program, &search, folder.path()).map_err(|error| error.kind)
+        };
+        assert_eq!(look("tool").unwrap(), path("bin/tool"));
+        assert_eq!(look("./bin/tool").unwrap(), path("./bin/tool"));
+        assert_eq!(look("plain"), Err(StartFailure::CannotExecute));
+        assert_eq!(look("bin/plain"), Err(StartFailure::CannotExecute));
+        assert_eq!(look("/"), Err(StartFailure::CannotExecute));
+        assert_eq!(look("none"), Err(StartFailure::NotFound));
+        assert_eq!(look("/none"), Err(StartFailure::NotFound));
+        assert_eq!(look(""), Err(StartFailure::NotFound));
+    }
+}
