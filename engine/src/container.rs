@@ -1,0 +1,391 @@
+//! A container's folder, name and lock.
+//!
+//! ```text
+//! containers/
+//!   .lock                taken while a container is made or removed
+//!   <64 hex digits>/
+//!     lock               held as long as anything of the container runs
+//!     config.json        what it is; written once
+//!     status.json        how it ended; written once
+//!     writable.ext4      its writable layer
+//!     vm.json  console.log  vmm.log
+//! ```
+//!
+//! The lock is an open file description that the VMM inherits. So it is free exactly when the
+//! command and the VMM are both gone, whatever ended them, and everyone can see that.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::paths::Paths;
+
+/// Why a container cannot be made or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum ContainerError {
+    /// A file of it.
+    #[error("{path}: {error}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the host says.
+        error: io::Error,
+    },
+    /// Another has the name.
+    #[error(
+        "the container name {name:?} is already in use by container {id}; remove that (vmrun rm {name}), or choose another"
+    )]
+    NameInUse {
+        /// The name.
+        name: String,
+        /// The other's short id.
+        id: String,
+    },
+    /// There is none.
+    #[error("no such container: {0}")]
+    Unknown(String),
+    /// Several begin so.
+    #[error("several containers begin with {0}; give more digits")]
+    Ambiguous(String),
+    /// It runs.
+    #[error("container {0} is running; stop it first")]
+    Running(String),
+    /// No random numbers.
+    #[error("cannot get random numbers: {0}")]
+    Random(io::Error),
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> ContainerError {
+    let path = path.to_owned();
+    move |error| ContainerError::File { path, error }
+}
+
+/// What a container is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Config {
+    /// 64 hexadecimal digits.
+    pub id: String,
+    /// Unique among containers.
+    pub name: String,
+    /// The image's name or id, as the user gave it.
+    pub image: String,
+    /// The image's id.
+    pub image_id: String,
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// Removed at its end.
+    pub remove: bool,
+    /// The user's labels.
+    #[serde(default)]
+    pub labels: Vec<String>,
+}
+
+/// How a container ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// Exit status.
+    pub exit_code: u8,
+    /// Killed for want of memory.
+    pub out_of_memory: bool,
+    /// Seconds since 1970.
+    pub finished: u64,
+}
+
+/// A container as others see it.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// What it is.
+    pub config: Config,
+    /// Whether it runs.
+    pub running: bool,
+    /// How it ended, where that is known.
+    pub status: Option<Status>,
+}
+
+/// A container that this process has made and holds.
+pub struct Container {
+    /// What it is.
+    pub config: Config,
+    folder: PathBuf,
+    run: PathBuf,
+    all: PathBuf,
+    lock: Flock<File>,
+}
+
+impl Container {
+    /// Makes a container; `config` without an id or with an empty name gets one. What others have
+    /// left behind is cleared first.
+    pub fn create(paths: &Paths, mut config: Config) -> Result<Container, ContainerError> {
+        let all = paths.containers();
+        fs::create_dir_all(&all).map_err(at(&all))?;
+        let _guard = guard(&all)?;
+        let others = reap(paths)?;
+        config.id = random_id()?;
+        let taken = |name: &str| others.iter().find(|other| other.config.name == name);
+        if config.name.is_empty() {
+            config.name = loop {
+                let name = crate::names::random().map_err(ContainerError::Random)?;
+                if taken(&name).is_none() {
+                    break name;
+                }
+            };
+        } else if let Some(other) = taken(&config.name) {
+            let id = short(&other.config.id).to_owned();
+            return Err(ContainerError::NameInUse { name: config.name, id });
+        }
+        config.created = now();
+        let folder = all.join(&config.id);
+        DirBuilder::new().mode(0o700).create(&folder).map_err(at(&folder))?;
+        let lock = lock(&folder, FlockArg::LockExclusiveNonblock)?
+            .ok_or_else(|| ContainerError::Running(config.id.clone()))?;
+        write_whole(&folder.join("config.json"), &config)?;
+        let run = run_folder(paths, &config.id);
+        DirBuilder::new().recursive(true).mode(0o700).create(&run).map_err(at(&run))?;
+        Ok(Container { config, folder, run, all, lock })
+    }
+
+    /// A file of its folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Where its sockets are.
+    pub fn run(&self) -> &Path {
+        &self.run
+    }
+
+    /// Its lock, for the VMM to inherit.
+    pub fn lock(&self) -> &File {
+        &self.lock
+    }
+
+    /// Records its end, and removes what is not to stay.
+    pub fn finish(self, exit_code: u8, out_of_memory: bool) -> Result<(), ContainerError> {
+        let _ = fs::remove_dir_all(&self.run);
+        if self.config.remove {
+            return self.discard();
+        }
+        let status = Status { exit_code, out_of_memory, finished: now() };
+        write_whole(&self.folder.join("status.json"), &status)
+    }
+
+    /// Removes it with all it wrote.
+    pub fn discard(self) -> Result<(), ContainerError> {
+        let _guard = guard(&self.all)?;
+        let _ = fs::remove_dir_all(&self.run);
+        fs::remove_dir_all(&self.folder).map_err(at(&self.folder))
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// The first twelve digits of an id.
+pub fn short(id: &str) -> &str {
+    id.get(..12).unwrap_or(id)
+}
+
+fn run_folder(paths: &Paths, id: &str) -> PathBuf {
+    paths.run().join(short(id))
+}
+
+fn random_id() -> Result<String, ContainerError> {
+    let mut bytes = [0; 32];
+    crate::random::fill(&mut bytes).map_err(ContainerError::Random)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    options.custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW).open(path)
+}
+
+/// Waits for the lock on all containers.
+fn guard(all: &Path) -> Result<Flock<File>, ContainerError> {
+    let path = all.join(".lock");
+    let file = open_lock(&path).map_err(at(&path))?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| at(&path)(error.into()))
+}
+
+/// Takes a container's lock; `None` where another holds it.
+fn lock(folder: &Path, how: FlockArg) -> Result<Option<Flock<File>>, ContainerError> {
+    let path = folder.join("lock");
+    let file = open_lock(&path).map_err(at(&path))?;
+    match Flock::lock(file, how) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, nix::Error::EWOULDBLOCK)) => Ok(None),
+        Err((_, error)) => Err(at(&path)(error.into())),
+    }
+}
+
+fn write_whole(path: &Path, value: &impl Serialize) -> Result<(), ContainerError> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let write = || {
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(&serde_json::to_vec_pretty(value)?)?;
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    };
+    write().map_err(at(path))
+}
+
+fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// Removes what is left of containers that nobody holds and nobody wants, and returns the rest. The
+/// caller holds the lock on all.
+fn reap(paths: &Paths) -> Result<Vec<Listed>, ContainerError> {
+    let all = paths.containers();
+    let mut rest = Vec::new();
+    for entry in fs::read_dir(&all).map_err(at(&all))?.flatten() {
+        let folder = entry.path();
+        if !folder.is_dir() {
+            continue;
+        }
+        let held = lock(&folder, FlockArg::LockExclusiveNonblock)?.is_none();
+        let config: Option<Config> = read(&folder.join("config.json"));
+        match config {
+            Some(config) if held || !config.remove => {
+                if !held {
+                    let _ = fs::remove_dir_all(run_folder(paths, &config.id));
+                }
+                let status = read(&folder.join("status.json"));
+                rest.push(Listed { config, running: held, status });
+            }
+            // Whoever made it was killed before it was whole, or while it was to be removed.
+            _ if !held => {
+                if let Some(id) = folder.file_name().and_then(|name| name.to_str()) {
+                    let _ = fs::remove_dir_all(run_folder(paths, id));
+                }
+                fs::remove_dir_all(&folder).map_err(at(&folder))?;
+            }
+            _ => {}
+        }
+    }
+    rest.sort_by_key(|listed| std::cmp::Reverse(listed.config.created));
+    Ok(rest)
+}
+
+/// All containers, the newest first.
+pub fn list(paths: &Paths) -> Result<Vec<Listed>, ContainerError> {
+    let all = paths.containers();
+    if !all.exists() {
+        return Ok(Vec::new());
+    }
+    let _guard = guard(&all)?;
+    reap(paths)
+}
+
+/// Removes a container that does not run, by name or the begin of its id; its name.
+pub fn remove(paths: &Paths, wanted: &str) -> Result<(), ContainerError> {
+    let all = paths.containers();
+    fs::create_dir_all(&all).map_err(at(&all))?;
+    let _guard = guard(&all)?;
+    let listed = reap(paths)?;
+    let named = listed.iter().find(|one| one.config.name == wanted || one.config.id == wanted);
+    let found = match named {
+        Some(found) => found,
+        None => {
+            let mut begin = listed.iter().filter(|one| one.config.id.starts_with(wanted));
+            match (begin.next(), begin.next()) {
+                (Some(found), None) if !wanted.is_empty() => found,
+                (Some(_), Some(_)) => return Err(ContainerError::Ambiguous(wanted.to_owned())),
+                _ => return Err(ContainerError::Unknown(wanted.to_owned())),
+            }
+        }
+    };
+    if found.running {
+        return Err(ContainerError::Running(found.config.name.clone()));
+    }
+    let folder = all.join(&found.config.id);
+    fs::remove_dir_all(&folder).map_err(at(&folder))
+}
+
+/// Ids of the images that containers were made of.
+pub fn image_ids(paths: &Paths) -> Result<Vec<String>, ContainerError> {
+    Ok(list(paths)?.into_iter().map(|listed| listed.config.image_id).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(name: &str, remove: bool) -> Config {
+        Config {
+            id: String::new(),
+            name: name.to_owned(),
+            image: "i".to_owned(),
+            image_id: "sha256:0".to_owned(),
+            command: vec!["x".to_owned()],
+            created: 0,
+            remove,
+            labels: Vec::new(),
+        }
+    }
+
+    fn paths() -> (tempfile::TempDir, Paths) {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::open(Some(folder.path())).unwrap();
+        (folder, paths)
+    }
+
+    #[test]
+    fn a_container_lives_is_listed_and_removed() {
+        let (_folder, paths) = paths();
+        let container = Container::create(&paths, config("one", false)).unwrap();
+        assert!(list(&paths).unwrap()[0].running);
+        assert!(matches!(remove(&paths, "one"), Err(ContainerError::Running(_))));
+        let again = Container::create(&paths, config("one", false)).err().unwrap();
+        assert!(matches!(again, ContainerError::NameInUse { .. }), "{again}");
+        let id = container.config.id.clone();
+        container.finish(7, false).unwrap();
+        let listed = list(&paths).unwrap();
+        assert_eq!(listed[0].status.as_ref().unwrap().exit_code, 7);
+        assert!(!listed[0].running);
+        remove(&paths, &id[..4]).unwrap();
+        assert!(matches!(remove(&paths, &id), Err(ContainerError::Unknown(_))));
+        assert!(matches!(remove(&paths, ""), Err(ContainerError::Unknown(_))));
+    }
+
+    /// HOSTILE.md 27: whoever held it was killed.
+    #[test]
+    fn hostile_27_what_the_dead_leave_is_cleared() {
+        let (_folder, paths) = paths();
+        let container = Container::create(&paths, config("gone", true)).unwrap();
+        let (folder, run) = (container.folder.clone(), container.run.clone());
+        // Dropping without finishing is what the kernel does to a killed process's locks.
+        drop(container);
+        assert!(folder.exists() && run.exists());
+        // Half made: no config yet.
+        fs::create_dir(paths.containers().join("a".repeat(64))).unwrap();
+        let next = Container::create(&paths, config("gone", true)).unwrap();
+        assert!(!folder.exists() && !run.exists());
+        assert_eq!(list(&paths).unwrap().len(), 1);
+        next.finish(0, false).unwrap();
+        assert_eq!(fs::read_dir(paths.containers()).unwrap().count(), 1, "only the lock stays");
+    }
+
+    /// HOSTILE.md 28: two at once on one name.
+    #[test]
+    fn hostile_28_one_of_many_gets_the_name() {
+        let (_folder, paths) = paths();
+        let threads: Vec<_> = (0..8)
+            .map(|_| {
+                let paths = paths.clone();
+                std::thread::spawn(move || Container::create(&paths, config("same", false)).ok())
+            })
+            .collect();
+        let made: Vec<_> = threads.into_iter().filter_map(|t| t.join().unwrap()).collect();
+        assert_eq!(made.len(), 1);
+    }
+}
