@@ -1,3 +1,76 @@
-//! See the workspace's ARCHITECTURE.md.
+//! `vmrun`: container images as micro-VMs.
 
-fn main() {}
+mod bars;
+mod command;
+mod container;
+mod doctor;
+mod image;
+mod kernel;
+mod output;
+mod run;
+mod volume;
+
+use std::process::ExitCode;
+
+use command::{Command, Options};
+
+/// Exit status of the command's own failures, as Docker has it.
+const FAILURE: u8 = 125;
+
+/// A failure to be told in one line, and the status to end with.
+struct Failure {
+    message: String,
+    code: u8,
+}
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure { message: error.to_string(), code: FAILURE }
+    }
+}
+
+impl Failure {
+    fn new(message: impl Into<String>) -> Failure {
+        Failure { message: message.into(), code: FAILURE }
+    }
+}
+
+fn main() -> ExitCode {
+    let options = match command::parse(std::env::args_os().collect()) {
+        Ok(options) => options,
+        Err(error) => {
+            let _ = error.print();
+            // Help and the version are no failures.
+            return ExitCode::from(if error.use_stderr() { FAILURE } else { 0 });
+        }
+    };
+    output::log_to_stderr(options.debug);
+    match dispatch(options) {
+        Ok(code) => ExitCode::from(code),
+        Err(Failure { message, code }) => {
+            eprintln!("vmrun: {message}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn dispatch(options: Options) -> Result<u8, Failure> {
+    let paths = || Ok::<_, Failure>(engine::paths::Paths::open(options.root.as_deref())?);
+    match options.command {
+        Command::Run(arguments) => run::run(&paths()?, *arguments, options.debug),
+        Command::Image(command) => image::image(&paths()?, command).map(|()| 0),
+        Command::Kernel(command) => kernel::kernel(&paths()?, command).map(|()| 0),
+        Command::Volume(command) => volume::volume(&paths()?, command).map(|()| 0),
+        Command::Ps(arguments) => container::ps(&paths()?, &arguments).map(|()| 0),
+        Command::Rm { containers } => container::rm(&paths()?, &containers).map(|()| 0),
+        Command::Doctor { format } => doctor::doctor(options.root.as_deref(), format),
+        Command::Completion { shell } => {
+            command::completion(shell);
+            Ok(0)
+        }
+        Command::Version => {
+            println!("vmrun {}", env!("CARGO_PKG_VERSION"));
+            Ok(0)
+        }
+    }
+}

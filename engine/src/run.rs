@@ -1,0 +1,504 @@
+//! From an image to a process's exit status: makes a container, starts its VMM, tells its agent what
+//! to run, and stays between the process and the terminal until the end.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use agent_protocol::{
+    Message, Mount, MountSource, Network as GuestNetwork, Request, Root, Start, StartFailure,
+    Stream, Writable,
+};
+use api_server::machine::config_file::ConfigFile;
+use api_server::machine::{
+    BootSource, CacheType, Console, Drive, Entropy, IoEngine, Level, Logger, MachineConfig,
+    NetworkInterface, Vsock,
+};
+use images::Image;
+
+use crate::agent::{self, AgentError, Control, Ready, printable};
+use crate::container::{Config, Container, ContainerError};
+use crate::disk::{self, DiskError};
+use crate::kernel::{Kernel, KernelError};
+use crate::network::{self, Attachment, Dns, NetworkError};
+use crate::paths::Paths;
+use crate::programs::{self, ProgramError};
+use crate::spec::{self, ProcessOptions, SpecError, VolumeArgument};
+use crate::stdio::{Forwarding, Terminal};
+use crate::vmm::{self, Vmm};
+use crate::volume::{self, Attached, VolumeError};
+
+/// Size of a container's writable layer, in bytes: sparse, so this is what it may grow to.
+pub const DEFAULT_DISK: u64 = 10 << 30;
+/// Memory of a machine nobody has said anything about, in bytes.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
+/// Less memory than this boots no kernel that runs images.
+pub const MIN_MEMORY: u64 = 64 << 20;
+
+/// How long a guest may take to come up. Generous: emulated hosts are slow, and a guest that
+/// crashes is noticed at once.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// How long a VMM may take to end after its guest was told that all is read.
+const END_LIMIT: Duration = Duration::from_secs(20);
+
+/// What a machine is connected to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NetworkMode {
+    /// The host's bridge.
+    #[default]
+    Default,
+    /// Nothing but its loopback.
+    None,
+}
+
+/// What a user asks for, beside the image.
+#[derive(Clone, Debug, Default)]
+pub struct RunOptions {
+    /// The image as the user named it.
+    pub image: String,
+    /// The container's name; empty for a random one.
+    pub name: String,
+    /// Remove the container at its end.
+    pub remove: bool,
+    /// Labels, `NAME=value`.
+    pub labels: Vec<String>,
+    /// The process.
+    pub process: ProcessOptions,
+    /// Host name; the container's short id where there is none.
+    pub hostname: Option<String>,
+    /// Memory in bytes.
+    pub memory: u64,
+    /// Number of virtual processors.
+    pub cpus: u8,
+    /// No writable layer.
+    pub read_only: bool,
+    /// Size of the writable layer in bytes.
+    pub disk: u64,
+    /// tmpfs mounts.
+    pub tmpfs: Vec<Mount>,
+    /// Volumes.
+    pub volumes: Vec<VolumeArgument>,
+    /// Network.
+    pub network: NetworkMode,
+    /// The guest's address, where a certain one is wanted.
+    pub ip: Option<Ipv4Addr>,
+    /// Name servers, search domains and options, each in place of the host's where given.
+    pub dns: Dns,
+    /// Lines for /etc/hosts: name and address.
+    pub extra_hosts: Vec<(String, String)>,
+    /// Write the container's id to this file, which must not exist.
+    pub cidfile: Option<PathBuf>,
+    /// Leave signals to this process alone.
+    pub no_signals: bool,
+    /// Let the VMM log everything.
+    pub debug: bool,
+}
+
+/// Why nothing was run, or why it ended in an unexpected way.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The container.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    /// Its process.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// Its writable layer.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// Its volumes.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// Its kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Its network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The other programs.
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    /// A file of the container.
+    #[error("{path}: {error}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the host says.
+        error: io::Error,
+    },
+    /// The machine did not start.
+    #[error("cannot start the machine: {0}")]
+    Machine(String),
+    /// It ended before its process did.
+    #[error("the machine ended before its process did: {0}")]
+    Ended(String),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The process did not start.
+    #[error("{message}")]
+    Start {
+        /// What kind of failure.
+        kind: StartFailure,
+        /// What the guest says.
+        message: String,
+    },
+    /// The terminal or the standard streams.
+    #[error("{0}")]
+    Stdio(io::Error),
+    /// The user ended it while it started.
+    #[error("interrupted")]
+    Interrupted(u8),
+}
+
+impl RunError {
+    /// The exit status of the command, as Docker has it.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            RunError::Start { kind: StartFailure::CannotExecute, .. } => 126,
+            RunError::Start { kind: StartFailure::NotFound, .. } => 127,
+            RunError::Interrupted(signal) => 128u8.wrapping_add(*signal),
+            _ => 125,
+        }
+    }
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> RunError {
+    let path = path.to_owned();
+    move |error| RunError::File { path, error }
+}
+
+/// Runs an image in the foreground; the exit status of its process. To be called on the main
+/// thread.
+pub fn run(
+    paths: &Paths,
+    image: &Image,
+    root_device: &Path,
+    kernel: &Kernel,
+    options: &RunOptions,
+) -> Result<u8, RunError> {
+    let program = programs::vmm()?;
+    let initrd = kernel.initrd(&programs::init()?)?;
+    // What can be wrong about the wishes is said before anything is made.
+    let check = spec::process(image.config.config().as_ref(), &options.process, "")?;
+    let config = Config {
+        id: String::new(),
+        name: options.name.clone(),
+        image: options.image.clone(),
+        image_id: image.config_digest.to_string(),
+        command: check.argv,
+        created: 0,
+        remove: options.remove,
+        labels: options.labels.clone(),
+    };
+    let container = Container::create(paths, config)?;
+    let result = Foreground { paths, image, root_device, kernel, options, container: &container }
+        .run(&program, &initrd);
+    match result {
+        Ok((status, out_of_memory)) => {
+            container.finish(status, out_of_memory)?;
+            Ok(status)
+        }
+        // A container that never ran is of no use to anyone.
+        Err(error) => {
+            if let Err(second) = container.discard() {
+                tracing::warn!("{second}");
+            }
+            Err(error)
+        }
+    }
+}
+
+struct Foreground<'a> {
+    paths: &'a Paths,
+    image: &'a Image,
+    root_device: &'a Path,
+    kernel: &'a Kernel,
+    options: &'a RunOptions,
+    container: &'a Container,
+}
+
+impl Foreground<'_> {
+    fn run(&self, program: &Path, initrd: &Path) -> Result<(u8, bool), RunError> {
+        if let Some(path) = &self.options.cidfile {
+            let mut file = File::create_new(path).map_err(at(path))?;
+            io::Write::write_all(&mut file, self.container.config.id.as_bytes()).map_err(at(path))?;
+        }
+        let volumes = self.volumes()?;
+        let attachment = match self.options.network {
+            NetworkMode::None => None,
+            NetworkMode::Default => Some(network::attach(self.options.ip)?),
+        };
+        let writable = self.writable_layer()?;
+        let vsock = self.container.run().join("v");
+        let ready = Ready::listen(&vsock)?;
+        let config = self.machine(initrd, writable.as_deref(), &volumes, attachment.as_ref(), &vsock);
+        let mut vmm = self.start_vmm(program, config, &volumes, attachment.as_ref())?;
+        // The VMM has its own copy; ours would keep the address after its end.
+        let network = attachment.as_ref().map(|attachment| self.guest_network(attachment));
+        drop(attachment);
+
+        let terminal = Terminal::enter(self.options.process.terminal.is_some())
+            .map_err(RunError::Stdio)?;
+        let forwarding = Forwarding::start(vmm.clone_pidfd().map_err(RunError::Stdio)?, !self.options.no_signals)
+            .map_err(RunError::Stdio)?;
+        let result = self.converse(&vmm, ready, &vsock, network, writable.is_some(), &volumes, &forwarding);
+        drop(terminal);
+        match result {
+            Ok((control, status, out_of_memory)) => {
+                control.close();
+                let _ = vmm.wait(END_LIMIT);
+                Ok((status, out_of_memory))
+            }
+            Err(error) => Err(self.explain(error, &mut vmm, &forwarding)),
+        }
+    }
+
+    fn writable_layer(&self) -> Result<Option<PathBuf>, RunError> {
+        if self.options.read_only {
+            return Ok(None);
+        }
+        let path = self.container.path("writable.ext4");
+        disk::make(self.paths, self.options.disk, &path)?;
+        Ok(Some(path))
+    }
+
+    fn volumes(&self) -> Result<Vec<Attached>, RunError> {
+        let volumes = self.options.volumes.iter();
+        Ok(volumes
+            .map(|argument| volume::attach(self.paths, argument.clone()))
+            .collect::<Result<_, _>>()?)
+    }
+
+    fn machine(
+        &self,
+        initrd: &Path,
+        writable: Option<&Path>,
+        volumes: &[Attached],
+        attachment: Option<&Attachment>,
+        vsock: &Path,
+    ) -> ConfigFile {
+        let drive = |id: String, path: &Path, is_read_only: bool| Drive {
+            drive_id: id,
+            is_root_device: false,
+            partuuid: None,
+            path_on_host: Some(path.to_owned()),
+            is_read_only,
+            cache_type: CacheType::Writeback,
+            io_engine: IoEngine::Sync,
+            rate_limiter: None,
+            socket: None,
+        };
+        let boot_args = "console=hvc0 quiet reboot=t panic=-1 8250.nr_uarts=0 \
+            random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check";
+        let mut config = ConfigFile::new(BootSource {
+            kernel_image_path: self.kernel.image.clone(),
+            initrd_path: Some(initrd.to_owned()),
+            boot_args: Some(boot_args.to_owned()),
+        });
+        config.drives.push(drive("image".to_owned(), self.root_device, true));
+        config.drives.extend(writable.map(|path| drive("writable".to_owned(), path, false)));
+        config.drives.extend(volumes.iter().enumerate().map(|(index, volume)| {
+            drive(format!("volume{index}"), &volume.path, volume.argument.read_only)
+        }));
+        config.machine_config = Some(MachineConfig {
+            vcpu_count: self.options.cpus,
+            mem_size_mib: (self.options.memory >> 20) as usize,
+            ..Default::default()
+        });
+        config.network_interfaces = attachment
+            .iter()
+            .map(|attachment| NetworkInterface {
+                iface_id: "eth0".to_owned(),
+                host_dev_name: attachment.tap_name.clone(),
+                guest_mac: Some(attachment.mac.map(|byte| format!("{byte:02x}")).join(":")),
+                mtu: Some(attachment.mtu),
+                rx_rate_limiter: None,
+                tx_rate_limiter: None,
+            })
+            .collect();
+        config.vsock = Some(Vsock { guest_cid: 3, uds_path: vsock.to_owned(), vsock_id: None });
+        config.entropy = Some(Entropy::default());
+        config.console = Some(Console {
+            output_path: Some(self.container.path("console.log")),
+            serial: false,
+        });
+        let level = if self.options.debug { Level::Debug } else { Level::Warning };
+        config.logger = Some(Logger { level: Some(level), show_level: true, ..Default::default() });
+        config
+    }
+
+    fn start_vmm(
+        &self,
+        program: &Path,
+        config: ConfigFile,
+        volumes: &[Attached],
+        attachment: Option<&Attachment>,
+    ) -> Result<Vmm, RunError> {
+        let path = self.container.path("vm.json");
+        let text = serde_json::to_vec(&config).map_err(io::Error::from).map_err(at(&path))?;
+        std::fs::write(&path, text).map_err(at(&path))?;
+        let log_path = self.container.path("vmm.log");
+        let log = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&log_path)
+            .map_err(at(&log_path))?;
+        let mut inherited = vec![self.container.lock().as_raw_fd()];
+        inherited.extend(volumes.iter().map(|volume| volume.lock.as_raw_fd()));
+        inherited.extend(attachment.map(|attachment| attachment.tap.as_raw_fd()));
+        let arguments = |command: &mut std::process::Command| {
+            command.arg("--config-file").arg(&path).arg("--no-api");
+            command.args(["--id", &self.container.config.name]);
+            if let Some(attachment) = attachment {
+                command.arg("--tap-fd").arg(format!("eth0={}", vmm::number(&attachment.tap)));
+            }
+        };
+        Vmm::start(program, arguments, &inherited, log).map_err(at(program))
+    }
+
+    fn guest_network(&self, attachment: &Attachment) -> GuestNetwork {
+        let host = network::dns_of_host();
+        let wished = &self.options.dns;
+        let choose = |wished: &Vec<String>, host: Vec<String>| {
+            if wished.is_empty() { host } else { wished.clone() }
+        };
+        GuestNetwork {
+            mac: attachment.mac,
+            address: (attachment.address.octets(), attachment.prefix),
+            gateway: Some(attachment.gateway.octets()),
+            mtu: attachment.mtu,
+            dns: choose(&wished.servers, host.servers),
+            dns_search: choose(&wished.search, host.search),
+            dns_options: choose(&wished.options, host.options),
+            extra_hosts: self.options.extra_hosts.clone(),
+        }
+    }
+
+    /// Waits for the guest, tells it what to run, and carries bytes until the process has ended and
+    /// all its output was read.
+    #[allow(clippy::too_many_arguments, reason = "the parts of one conversation")]
+    fn converse(
+        &self,
+        vmm: &Vmm,
+        ready: Ready,
+        vsock: &Path,
+        network: Option<GuestNetwork>,
+        writable: bool,
+        volumes: &[Attached],
+        forwarding: &Forwarding,
+    ) -> Result<(Control, u8, bool), RunError> {
+        ready.wait(vmm.pidfd(), BOOT_LIMIT)?;
+        let mut control = Control::open(vsock, vmm.pidfd())?;
+        let start = self.start(network, writable, volumes)?;
+        let mut outputs = Vec::new();
+        for stream in &start.process.streams {
+            let connection = agent::attach(vsock, start.process.id, *stream, vmm.pidfd())?;
+            match stream {
+                Stream::Stdin => forwarding.input(connection).map_err(RunError::Stdio)?,
+                Stream::Stdout => {
+                    outputs.push(forwarding.output(connection, 1).map_err(RunError::Stdio)?);
+                }
+                Stream::Stderr => {
+                    outputs.push(forwarding.output(connection, 2).map_err(RunError::Stdio)?);
+                }
+            }
+        }
+        control.send(&Request::Start(Box::new(start)))?;
+        loop {
+            match control.receive()? {
+                Message::Started { process } => {
+                    forwarding.started(control.try_clone()?, process, self.options.process.terminal);
+                }
+                Message::StartFailed { kind, message } => {
+                    return Err(RunError::Start { kind, message: printable(&message) });
+                }
+                Message::Exited { status, out_of_memory, .. } => {
+                    for output in outputs {
+                        let _ = output.join();
+                    }
+                    return Ok((control, status, out_of_memory));
+                }
+            }
+        }
+    }
+
+    fn start(
+        &self,
+        network: Option<GuestNetwork>,
+        writable: bool,
+        volumes: &[Attached],
+    ) -> Result<Start, RunError> {
+        let id = crate::container::short(&self.container.config.id).to_owned();
+        let hostname = self.options.hostname.clone().unwrap_or(id);
+        let process =
+            spec::process(self.image.config.config().as_ref(), &self.options.process, &hostname)?;
+        let writable = match writable {
+            true => Writable::Device("/dev/vdb".to_owned()),
+            false => Writable::No,
+        };
+        // vda is the image, and vdb the writable layer where there is one.
+        let first = if writable == Writable::No { b'b' } else { b'c' };
+        let devices = (first..=b'z').zip(volumes).map(|(letter, volume)| Mount {
+            source: MountSource::Device {
+                device: format!("/dev/vd{}", char::from(letter)),
+                fs_type: "ext4".to_owned(),
+                copy_up: !volume.argument.is_path(),
+            },
+            target: volume.argument.target.clone(),
+            read_only: volume.argument.read_only,
+        });
+        let mut entropy = vec![0; 64];
+        crate::random::fill(&mut entropy).map_err(RunError::Stdio)?;
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Ok(Start {
+            root: Root { device: "/dev/vda".to_owned(), writable },
+            mounts: self.options.tmpfs.iter().cloned().chain(devices).collect(),
+            hostname,
+            network,
+            time_ns: since.as_nanos() as u64,
+            entropy,
+            process,
+        })
+    }
+
+    /// Turns a broken conversation into what a user can use: why the VMM ended, in its own words or
+    /// the guest kernel's last ones.
+    fn explain(&self, error: RunError, vmm: &mut Vmm, forwarding: &Forwarding) -> RunError {
+        if let Some(signal) = forwarding.interrupted() {
+            return RunError::Interrupted(signal);
+        }
+        let broken = matches!(
+            &error,
+            RunError::Agent(AgentError::MachineEnded | AgentError::Io(_) | AgentError::Frame(_))
+        );
+        if !broken {
+            return error;
+        }
+        // A VMM whose sockets closed is about to end.
+        let Ok(status) = vmm.wait(Duration::from_secs(5)) else { return error };
+        let last = |name: &str| {
+            let bytes = std::fs::read(self.container.path(name)).unwrap_or_default();
+            let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(8192)..]).into_owned();
+            let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+            // Of a crash the line that says panic is worth more than the last one.
+            let lines: Vec<_> = lines.collect();
+            let panic = lines.iter().find(|line| line.contains("Kernel panic"));
+            panic.or(lines.last()).map(|line| printable(line))
+        };
+        if status.code() == Some(api_server::machine::exit_status::START_FAILED) {
+            let line = last("vmm.log").unwrap_or_default();
+            return RunError::Machine(line.trim_start_matches("vmrun-vmm: ").to_owned());
+        }
+        let reason = vmm::describe(status);
+        match last("console.log").filter(|_| status.code().is_some()) {
+            Some(line) => RunError::Ended(format!("{reason}; its console says: {line}")),
+            None => RunError::Ended(reason),
+        }
+    }
+}

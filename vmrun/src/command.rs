@@ -1,0 +1,425 @@
+//! The command line. Every flag is documented here, once; `docs/run.md` says what becomes of each.
+
+use std::ffi::OsString;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+/// Run container images as micro-VMs, each with its own kernel.
+///
+/// `vmrun IMAGE [COMMAND...]` is short for `vmrun run IMAGE [COMMAND...]`.
+#[derive(Parser)]
+#[command(name = "vmrun", version, disable_help_subcommand = true)]
+pub struct Options {
+    /// Keep all state below this folder
+    #[arg(long, global = true, env = "VMRUN_ROOT", value_name = "DIR")]
+    pub root: Option<PathBuf>,
+    /// Log what vmrun does to standard error
+    #[arg(short = 'D', long, global = true)]
+    pub debug: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Run a command in a new micro-VM
+    Run(Box<RunArguments>),
+    /// Manage images
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Manage guest kernels
+    #[command(subcommand)]
+    Kernel(KernelCommand),
+    /// Manage volumes
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// List containers
+    Ps(PsArguments),
+    /// Remove containers that do not run
+    Rm {
+        /// Names, or the first digits of ids
+        #[arg(required = true, value_name = "CONTAINER")]
+        containers: Vec<String>,
+    },
+    /// Say what this host has and lacks, with the fix for each
+    Doctor {
+        /// How to print
+        #[arg(long, default_value = "table")]
+        format: Format,
+    },
+    /// Print a script that completes commands in a shell
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the version
+    Version,
+}
+
+/// How to print a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Table,
+    /// A JSON object a line
+    Json,
+}
+
+/// Whether to pull an image before it is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Pull {
+    /// Each time
+    Always,
+    /// When it is not there
+    Missing,
+    /// Never
+    Never,
+}
+
+#[derive(Args)]
+pub struct RunArguments {
+    /// Set an environment variable: NAME=value, or NAME for this shell's value
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// Read environment variables from a file
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Working directory in the container
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// User and group, by name or number
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Add groups to the process
+    #[arg(long, value_name = "GROUP")]
+    pub group_add: Vec<String>,
+    /// Run this program in place of the image's entrypoint
+    #[arg(long, value_name = "PROGRAM")]
+    pub entrypoint: Option<String>,
+    /// Name of the container
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Host name in the container
+    #[arg(long)]
+    pub hostname: Option<String>,
+    /// Keep standard input open
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the process a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Remove the container when it ends
+    #[arg(long)]
+    pub rm: bool,
+    /// Memory of the machine, for example 1g
+    #[arg(short, long, value_name = "SIZE")]
+    pub memory: Option<String>,
+    /// Number of CPUs of the machine
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<String>,
+    /// Make the root file system read-only
+    #[arg(long)]
+    pub read_only: bool,
+    /// Mount a tmpfs
+    #[arg(long, value_name = "DIR[:OPTIONS]")]
+    pub tmpfs: Vec<String>,
+    /// Mount a volume (NAME:/dir) or an ext4 disk image (./disk.img:/dir)
+    #[arg(short, long, value_name = "SOURCE:DIR[:ro]")]
+    pub volume: Vec<String>,
+    /// Options of the writable layer: size=SIZE
+    #[arg(long, value_name = "size=SIZE")]
+    pub storage_opt: Vec<String>,
+    /// Network: default, or none
+    #[arg(long, alias = "net", value_name = "NETWORK")]
+    pub network: Option<String>,
+    /// Name servers
+    #[arg(long, value_name = "ADDRESS")]
+    pub dns: Vec<String>,
+    /// Domains in which names are sought
+    #[arg(long, value_name = "DOMAIN")]
+    pub dns_search: Vec<String>,
+    /// Options of the resolver
+    #[arg(long, value_name = "OPTION")]
+    pub dns_option: Vec<String>,
+    /// Add a line to /etc/hosts
+    #[arg(long, value_name = "NAME:ADDRESS")]
+    pub add_host: Vec<String>,
+    /// IPv4 address of the machine
+    #[arg(long, value_name = "ADDRESS")]
+    pub ip: Option<Ipv4Addr>,
+    /// Guest kernel: the name of an imported one, or a file
+    #[arg(long, value_name = "NAME|FILE")]
+    pub kernel: Option<String>,
+    /// Whether to pull the image
+    #[arg(long, default_value = "missing")]
+    pub pull: Pull,
+    /// Platform of the image; only linux/amd64
+    #[arg(long)]
+    pub platform: Option<String>,
+    /// Do not show the progress of a pull
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Resource limits of the process
+    #[arg(long, value_name = "NAME=SOFT[:HARD]")]
+    pub ulimit: Vec<String>,
+    /// Set a label of the container
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub label: Vec<String>,
+    /// Write the container's id to a file
+    #[arg(long, value_name = "FILE")]
+    pub cidfile: Option<PathBuf>,
+    /// Forward signals to the process
+    #[arg(long, default_value_t = true, num_args = 0..=1, require_equals = true, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub sig_proxy: bool,
+    /// Pull over plain HTTP
+    #[arg(long)]
+    pub plain_http: bool,
+    /// Run in the background. Not supported yet
+    #[arg(short, long, hide = true)]
+    pub detach: bool,
+    /// Publish a port. Not supported yet
+    #[arg(short, long, hide = true, value_name = "PORT")]
+    pub publish: Vec<String>,
+    /// Share a directory. Not supported yet
+    #[arg(long, hide = true, value_name = "MOUNT")]
+    pub mount: Vec<String>,
+    /// The image: a name, or docker-archive:FILE, oci-archive:FILE, oci:DIR
+    pub image: String,
+    /// The command, in place of the image's
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+#[derive(Subcommand)]
+pub enum ImageCommand {
+    /// Pull an image from a registry or an archive
+    Pull {
+        /// A name, or docker-archive:FILE, oci-archive:FILE, oci:DIR
+        source: String,
+        /// Only print the image's name
+        #[arg(short, long)]
+        quiet: bool,
+        /// Use plain HTTP
+        #[arg(long)]
+        plain_http: bool,
+    },
+    /// List images
+    Ls {
+        /// How to print
+        #[arg(long, default_value = "table")]
+        format: Format,
+        /// Only print ids
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Print all that is known of images, as JSON
+    Inspect {
+        /// Names or ids
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+    },
+    /// Give an image another name
+    Tag {
+        /// Its name or id
+        image: String,
+        /// The new name
+        name: String,
+    },
+    /// Remove images, or names of them
+    Rm {
+        /// Names or ids
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+        /// Also where containers were made of it, or several names
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Load images from an archive
+    Load {
+        /// The archive; standard input where it is not given
+        #[arg(short, long, value_name = "FILE")]
+        input: Option<PathBuf>,
+        /// Print only the names
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Save images to an archive
+    Save {
+        /// The archive; standard output where it is not given
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// docker-archive (which is an OCI layout too) or oci-archive
+        #[arg(long, default_value = "docker-archive")]
+        format: ArchiveFormat,
+        /// Names or ids
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+    },
+    /// Remove what nothing uses
+    Prune {
+        /// Also images that have a name and no container
+        #[arg(short, long)]
+        all: bool,
+        /// Do not ask
+        #[arg(short, long)]
+        force: bool,
+    },
+}
+
+/// Formats of `image save`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ArchiveFormat {
+    /// What docker save writes
+    DockerArchive,
+    /// An OCI layout in a tar file
+    OciArchive,
+}
+
+#[derive(Subcommand)]
+pub enum KernelCommand {
+    /// Import a vmlinux, a bzImage or a linux-image package
+    Import {
+        /// The file
+        file: PathBuf,
+        /// Use it when no other is asked for
+        #[arg(long)]
+        default: bool,
+    },
+    /// List kernels
+    Ls {
+        /// How to print
+        #[arg(long, default_value = "table")]
+        format: Format,
+    },
+    /// Print the kernel used when none is asked for, or choose another
+    Default {
+        /// The kernel to use
+        name: Option<String>,
+    },
+    /// Remove a kernel
+    Rm {
+        /// Its name
+        name: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum VolumeCommand {
+    /// Make a volume
+    Create {
+        /// Its name
+        name: String,
+        /// What it may grow to
+        #[arg(long, default_value = "10g")]
+        size: String,
+    },
+    /// List volumes
+    Ls {
+        /// How to print
+        #[arg(long, default_value = "table")]
+        format: Format,
+    },
+    /// Remove volumes
+    Rm {
+        /// Their names
+        #[arg(required = true, value_name = "VOLUME")]
+        volumes: Vec<String>,
+    },
+}
+
+#[derive(Args)]
+pub struct PsArguments {
+    /// Also those that have ended
+    #[arg(short, long)]
+    pub all: bool,
+    /// Only print ids
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// How to print
+    #[arg(long, default_value = "table")]
+    pub format: Format,
+}
+
+/// Reads the command line; `run` may be left out before an image or flags of it.
+pub fn parse(mut arguments: Vec<OsString>) -> Result<Options, clap::Error> {
+    if let Some(at) = place_of_run(&arguments) {
+        arguments.insert(at, "run".into());
+    }
+    Options::try_parse_from(arguments)
+}
+
+/// Where `run` is to be put, if the first word is no command of ours.
+fn place_of_run(arguments: &[OsString]) -> Option<usize> {
+    let definition = Options::command();
+    let mut at = 1;
+    loop {
+        let word = arguments.get(at)?.to_str().unwrap_or_default();
+        match word {
+            "-h" | "--help" | "-V" | "--version" => return None,
+            "-D" | "--debug" => at += 1,
+            "--root" => at += 2,
+            _ if word.starts_with("--root=") => at += 1,
+            // Any other flag is one of run's.
+            _ if word.starts_with('-') => return Some(at),
+            "help" => return None,
+            _ => {
+                let ours = definition.get_subcommands().any(|command| command.get_name() == word);
+                return (!ours).then_some(at);
+            }
+        }
+    }
+}
+
+/// Prints a completion script.
+pub fn completion(shell: clap_complete::Shell) {
+    clap_complete::generate(shell, &mut Options::command(), "vmrun", &mut std::io::stdout());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &str) -> Vec<OsString> {
+        line.split_whitespace().map(OsString::from).collect()
+    }
+
+    fn run(line: &str) -> RunArguments {
+        match parse(words(line)).unwrap_or_else(|error| panic!("{line}: {error}")).command {
+            Command::Run(arguments) => *arguments,
+            _ => panic!("{line}: not a run"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn run_may_be_left_out() {
+        for line in ["vmrun alpine echo -n x", "vmrun run alpine echo -n x", "vmrun --root /r alpine echo -n x"] {
+            let run = run(line);
+            assert_eq!(run.image, "alpine");
+            assert_eq!(run.command, ["echo", "-n", "x"], "{line}");
+        }
+        let flags = run("vmrun --rm -it -e A=1 alpine sh");
+        assert!(flags.rm && flags.interactive && flags.tty);
+        assert_eq!((flags.env, flags.image), (vec!["A=1".to_owned()], "alpine".to_owned()));
+        assert!(parse(words("vmrun")).is_err());
+        assert!(matches!(parse(words("vmrun image ls")).unwrap().command, Command::Image(_)));
+        assert!(parse(words("vmrun --no-such alpine")).is_err());
+    }
+
+    #[test]
+    fn every_flag_of_run_is_in_the_document() {
+        let document = include_str!("../../docs/run.md");
+        let definition = Options::command();
+        let run = definition.find_subcommand("run").unwrap();
+        for argument in run.get_arguments().filter(|argument| argument.get_long().is_some()) {
+            let flag = format!("`--{}`", argument.get_long().unwrap());
+            assert!(document.contains(&flag), "{flag} is not in docs/run.md");
+        }
+    }
+}

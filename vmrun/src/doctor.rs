@@ -1,0 +1,30 @@
+//! `vmrun doctor`.
+
+use std::path::Path;
+
+use engine::doctor::{self, Verdict};
+
+use crate::command::Format;
+use crate::{Failure, output};
+
+/// Prints what this host has and lacks; the exit status says whether machines can run.
+pub fn doctor(root: Option<&Path>, format: Format) -> Result<u8, Failure> {
+    let findings = doctor::examine(root);
+    match format {
+        Format::Json => findings.iter().try_for_each(output::json)?,
+        Format::Table => {
+            for finding in &findings {
+                let mark = match finding.verdict {
+                    Verdict::Good => "ok  ",
+                    Verdict::Limited => "warn",
+                    Verdict::Missing => "FAIL",
+                };
+                output::line(format!("{mark}  {:20} {}", finding.subject, finding.found));
+                if let Some(fix) = &finding.fix {
+                    output::line(format!("      {:20} fix: {fix}", ""));
+                }
+            }
+        }
+    }
+    Ok(u8::from(findings.iter().any(|finding| finding.verdict == Verdict::Missing)))
+}
