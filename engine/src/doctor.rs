@@ -59,7 +59,12 @@ pub fn examine(root: Option<&Path>) -> Vec<Finding> {
             findings.push(kernel(&paths));
         }
         Err(error) => {
-            findings.push(bad("state directory", Verdict::Missing, error.to_string(), "use --root DIR"));
+            findings.push(bad(
+                "state directory",
+                Verdict::Missing,
+                error.to_string(),
+                "use --root DIR",
+            ));
         }
     }
     findings.extend([mkfs(), tun(), nft(), privilege()]);
@@ -172,5 +177,10 @@ fn privilege() -> Finding {
     let namespaces = fs::read_to_string("/proc/sys/user/max_user_namespaces");
     let some = namespaces.is_ok_and(|text| text.trim() != "0");
     let found = if some { "not root; user namespaces are allowed" } else { "not root" };
-    bad("privilege", Verdict::Limited, found, "the default network needs root; else use --network none")
+    bad(
+        "privilege",
+        Verdict::Limited,
+        found,
+        "the default network needs root; else use --network none",
+    )
 }

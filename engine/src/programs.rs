@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 /// One of the programs is not there.
 #[derive(Debug, thiserror::Error)]
-#[error("{name} is not installed: sought {sought}; build it with cargo xtask build, or name it with {variable}")]
+#[error(
+    "{name} is not installed: sought {sought}; build it with cargo xtask build, or name it with {variable}"
+)]
 pub struct ProgramError {
     name: &'static str,
     variable: &'static str,

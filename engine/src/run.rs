@@ -226,7 +226,8 @@ impl Foreground<'_> {
     fn run(&self, program: &Path, initrd: &Path) -> Result<(u8, bool), RunError> {
         if let Some(path) = &self.options.cidfile {
             let mut file = File::create_new(path).map_err(at(path))?;
-            io::Write::write_all(&mut file, self.container.config.id.as_bytes()).map_err(at(path))?;
+            io::Write::write_all(&mut file, self.container.config.id.as_bytes())
+                .map_err(at(path))?;
         }
         let volumes = self.volumes()?;
         let attachment = match self.options.network {
@@ -236,17 +237,22 @@ impl Foreground<'_> {
         let writable = self.writable_layer()?;
         let vsock = self.container.run().join("v");
         let ready = Ready::listen(&vsock)?;
-        let config = self.machine(initrd, writable.as_deref(), &volumes, attachment.as_ref(), &vsock);
+        let config =
+            self.machine(initrd, writable.as_deref(), &volumes, attachment.as_ref(), &vsock);
         let mut vmm = self.start_vmm(program, config, &volumes, attachment.as_ref())?;
         // The VMM has its own copy; ours would keep the address after its end.
         let network = attachment.as_ref().map(|attachment| self.guest_network(attachment));
         drop(attachment);
 
-        let terminal = Terminal::enter(self.options.process.terminal.is_some())
-            .map_err(RunError::Stdio)?;
-        let forwarding = Forwarding::start(vmm.clone_pidfd().map_err(RunError::Stdio)?, !self.options.no_signals)
-            .map_err(RunError::Stdio)?;
-        let result = self.converse(&vmm, ready, &vsock, network, writable.is_some(), &volumes, &forwarding);
+        let terminal =
+            Terminal::enter(self.options.process.terminal.is_some()).map_err(RunError::Stdio)?;
+        let forwarding = Forwarding::start(
+            vmm.clone_pidfd().map_err(RunError::Stdio)?,
+            !self.options.no_signals,
+        )
+        .map_err(RunError::Stdio)?;
+        let result =
+            self.converse(&vmm, ready, &vsock, network, writable.is_some(), &volumes, &forwarding);
         drop(terminal);
         match result {
             Ok((control, status, out_of_memory)) => {
@@ -323,10 +329,8 @@ impl Foreground<'_> {
             .collect();
         config.vsock = Some(Vsock { guest_cid: 3, uds_path: vsock.to_owned(), vsock_id: None });
         config.entropy = Some(Entropy::default());
-        config.console = Some(Console {
-            output_path: Some(self.container.path("console.log")),
-            serial: false,
-        });
+        config.console =
+            Some(Console { output_path: Some(self.container.path("console.log")), serial: false });
         let level = if self.options.debug { Level::Debug } else { Level::Warning };
         config.logger = Some(Logger { level: Some(level), show_level: true, ..Default::default() });
         config
@@ -413,7 +417,11 @@ impl Foreground<'_> {
         loop {
             match control.receive()? {
                 Message::Started { process } => {
-                    forwarding.started(control.try_clone()?, process, self.options.process.terminal);
+                    forwarding.started(
+                        control.try_clone()?,
+                        process,
+                        self.options.process.terminal,
+                    );
                 }
                 Message::StartFailed { kind, message } => {
                     return Err(RunError::Start { kind, message: printable(&message) });
@@ -484,7 +492,8 @@ impl Foreground<'_> {
         let Ok(status) = vmm.wait(Duration::from_secs(5)) else { return error };
         let last = |name: &str| {
             let bytes = std::fs::read(self.container.path(name)).unwrap_or_default();
-            let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(8192)..]).into_owned();
+            let text =
+                String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(8192)..]).into_owned();
             let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
             // Of a crash the line that says panic is worth more than the last one.
             let lines: Vec<_> = lines.collect();

@@ -18,7 +18,9 @@ pub const DEFAULT_SIZE: u64 = 10 << 30;
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// A folder of the host.
-    #[error("{0} is a directory; shared directories are not supported yet: use a named volume (NAME:/path) or a disk image")]
+    #[error(
+        "{0} is a directory; shared directories are not supported yet: use a named volume (NAME:/path) or a disk image"
+    )]
     Directory(PathBuf),
     /// Not an ext4 file system.
     #[error("{0} is not a disk image with an ext4 file system")]

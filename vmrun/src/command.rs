@@ -399,7 +399,11 @@ mod tests {
 
     #[test]
     fn run_may_be_left_out() {
-        for line in ["vmrun alpine echo -n x", "vmrun run alpine echo -n x", "vmrun --root /r alpine echo -n x"] {
+        for line in [
+            "vmrun alpine echo -n x",
+            "vmrun run alpine echo -n x",
+            "vmrun --root /r alpine echo -n x",
+        ] {
             let run = run(line);
             assert_eq!(run.image, "alpine");
             assert_eq!(run.command, ["echo", "-n", "x"], "{line}");

@@ -53,12 +53,19 @@ pub fn ps(paths: &Paths, arguments: &PsArguments) -> Result<(), Failure> {
         return Ok(());
     }
     if arguments.format == Format::Json {
-        return shown.map(|row| output::json(&row)).collect();
+        return shown.into_iter().try_for_each(|row| output::json(&row));
     }
     let rows: Vec<_> = shown
         .map(|row| {
             let command: String = row.command.chars().take(20).collect();
-            [row.id, row.image, format!("{command:?}"), output::ago(row.created_at), row.status, row.names]
+            [
+                row.id,
+                row.image,
+                format!("{command:?}"),
+                output::ago(row.created_at),
+                row.status,
+                row.names,
+            ]
         })
         .collect();
     output::table(["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "NAMES"], &rows);

@@ -24,7 +24,8 @@ pub fn image(paths: &Paths, command: ImageCommand) -> Result<(), Failure> {
         }
         ImageCommand::Ls { format, quiet } => list(&store, format, quiet)?,
         ImageCommand::Inspect { images } => {
-            let all = images.iter().map(|name| store.inspect(name)).collect::<Result<Vec<_>, _>>()?;
+            let all =
+                images.iter().map(|name| store.inspect(name)).collect::<Result<Vec<_>, _>>()?;
             output::line(serde_json::to_string_pretty(&all)?);
         }
         ImageCommand::Tag { image, name } => store.tag(&image, &name)?,
@@ -43,9 +44,16 @@ pub fn image(paths: &Paths, command: ImageCommand) -> Result<(), Failure> {
             let images = match input {
                 Some(path) => store.load(&path, &bars)?,
                 None if io::stdin().is_terminal() => {
-                    return Err(Failure::new("nothing to load: give --input FILE, or an archive on standard input"));
+                    return Err(Failure::new(
+                        "nothing to load: give --input FILE, or an archive on standard input",
+                    ));
                 }
-                None => store.load_from(&mut io::stdin().lock(), &bars)?,
+                None => {
+                    // Archives are read back and forth.
+                    let mut file = tempfile::NamedTempFile::new_in(paths.state())?;
+                    io::copy(&mut io::stdin().lock(), &mut file)?;
+                    store.load(file.path(), &bars)?
+                }
             };
             for image in images {
                 output::line(format!("Loaded image: {}", image.title()));
@@ -124,13 +132,15 @@ fn save(
     format: SaveFormat,
     images: &[String],
 ) -> Result<(), Failure> {
+    let images: Vec<&str> = images.iter().map(String::as_str).collect();
     match path {
         Some(path) => {
             // Whole or not at all.
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
             let failed = |error: io::Error| Failure::new(format!("{}: {error}", path.display()));
-            let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(".".as_ref())).map_err(failed)?;
-            store.save(images, format, &mut file)?;
+            let mut file =
+                tempfile::NamedTempFile::new_in(folder.unwrap_or(".".as_ref())).map_err(failed)?;
+            store.save(&images, format, &mut file)?;
             file.persist(&path).map_err(|error| failed(error.error))?;
             Ok(())
         }
@@ -139,7 +149,7 @@ fn save(
         }
         None => {
             let mut stdout = io::stdout().lock();
-            store.save(images, format, &mut stdout)?;
+            store.save(&images, format, &mut stdout)?;
             Ok(stdout.flush()?)
         }
     }
@@ -148,7 +158,9 @@ fn save(
 fn prune(paths: &Paths, store: &Store, all: bool, force: bool) -> Result<(), Failure> {
     if !force {
         if !io::stdin().is_terminal() {
-            return Err(Failure::new("prune asks before it removes; use --force where nobody answers"));
+            return Err(Failure::new(
+                "prune asks before it removes; use --force where nobody answers",
+            ));
         }
         let what = if all { "all images without a container" } else { "images without a name" };
         eprint!("This removes {what}. Go on? [y/N] ");

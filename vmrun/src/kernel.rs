@@ -28,10 +28,8 @@ pub fn kernel(paths: &Paths, command: KernelCommand) -> Result<(), Failure> {
         KernelCommand::Ls { format } => {
             let names = kernels.list()?;
             let default = kernels.default_name();
-            let rows = names.iter().map(|name| Row {
-                name,
-                default: default.as_deref() == Some(name),
-            });
+            let rows =
+                names.iter().map(|name| Row { name, default: default.as_deref() == Some(name) });
             match format {
                 Format::Json => rows.map(|row| output::json(&row)).collect::<Result<(), _>>()?,
                 Format::Table => {

@@ -61,7 +61,13 @@ pub fn size(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "kB", "MB", "GB", "TB"] {
         if value < 1000.0 {
-            let digits = if value >= 100.0 || unit == "B" { 0 } else if value >= 10.0 { 1 } else { 2 };
+            let digits = if value >= 100.0 || unit == "B" {
+                0
+            } else if value >= 10.0 {
+                1
+            } else {
+                2
+            };
             return format!("{value:.digits$}{unit}");
         }
         value /= 1000.0;

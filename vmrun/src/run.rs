@@ -184,7 +184,11 @@ fn disk(options: &[String]) -> Result<u64, Failure> {
     for option in options {
         match option.split_once('=') {
             Some(("size", text)) => size = spec::parse_size("--storage-opt", text)?,
-            _ => return Err(Failure::new(format!("--storage-opt {option}: only size=SIZE is known"))),
+            _ => {
+                return Err(Failure::new(format!(
+                    "--storage-opt {option}: only size=SIZE is known"
+                )));
+            }
         }
     }
     Ok(size)
