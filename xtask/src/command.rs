@@ -20,9 +20,9 @@ pub fn target() -> PathBuf {
 
 /// What lasts between builds: downloads and kernels.
 pub fn cache() -> Result<PathBuf> {
-    let folder = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| {
-        Some(Path::new(&std::env::var_os("HOME")?).join(".cache"))
-    });
+    let folder = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache")));
     let folder = folder.context("neither XDG_CACHE_HOME nor HOME is set")?.join("vmrun");
     std::fs::create_dir_all(&folder)?;
     Ok(folder)

@@ -40,7 +40,8 @@ fn config(lab: bool) -> Result<String> {
     let own = read("lab.config")?;
     let option = |line: &str| line.split_once('=').map(|(name, _)| name.to_owned());
     let replaced: Vec<_> = own.lines().filter_map(option).collect();
-    let kept = base.lines().filter(|line| option(line).is_none_or(|name| !replaced.contains(&name)));
+    let kept =
+        base.lines().filter(|line| option(line).is_none_or(|name| !replaced.contains(&name)));
     Ok(kept.chain(own.lines()).fold(String::new(), |text, line| text + line + "\n"))
 }
 
@@ -131,5 +132,6 @@ pub fn guest() -> Result<PathBuf> {
 
 /// Whether a file is there and readable; for messages.
 pub fn named(path: &Path) -> String {
-    path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+    path.file_name()
+        .map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
 }

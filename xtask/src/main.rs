@@ -35,6 +35,9 @@ enum Task {
     Kernel(kernel::Arguments),
     /// Run the benchmarks
     Bench(bench::Arguments),
+    /// What the benchmarks run inside the lab
+    #[command(hide = true)]
+    Measure(bench::MeasureArguments),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
             0
         }),
         Task::Bench(arguments) => bench::bench(&arguments).map(|()| 0),
+        Task::Measure(arguments) => bench::measure(&arguments).map(|()| 0),
     };
     match result {
         Ok(code) => ExitCode::from(code),

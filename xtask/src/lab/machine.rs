@@ -21,8 +21,20 @@ const STARTS: u32 = 3;
 const BOOT_MODULES: [&str; 3] = ["virtio_pci", "9pnet_virtio", "9p"];
 /// And what the jobs need.
 const JOB_MODULES: [&str; 14] = [
-    "overlay", "kvm-amd", "tun", "vhost_net", "vhost_vsock", "bridge", "veth", "loop", "erofs",
-    "ext4", "nf_tables", "nft_masq", "nft_chain_nat", "nft_ct",
+    "overlay",
+    "kvm-amd",
+    "tun",
+    "vhost_net",
+    "vhost_vsock",
+    "bridge",
+    "veth",
+    "loop",
+    "erofs",
+    "ext4",
+    "nf_tables",
+    "nft_masq",
+    "nft_chain_nat",
+    "nft_ct",
 ];
 
 /// What the machine boots.
@@ -56,7 +68,10 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     }
     let log = fs::read_to_string(job.path().join("console")).unwrap_or_default();
     let tail: Vec<_> = log.lines().rev().take(5).collect();
-    bail!("the lab does not start; its console ends: {}", tail.into_iter().rev().collect::<Vec<_>>().join(" | "))
+    bail!(
+        "the lab does not start; its console ends: {}",
+        tail.into_iter().rev().collect::<Vec<_>>().join(" | ")
+    )
 }
 
 /// `VMRUN_LAB_KERNEL`, one that was built for the lab, or Debian's.
@@ -89,15 +104,16 @@ fn make_initrd(folder: &Path, version: &str, target: &Path) -> Result<()> {
         fs::create_dir(tree.path().join(name))?;
     }
     fs::copy("/bin/busybox", tree.path().join("bin/busybox"))?;
-    let mut script = String::from("#!/bin/busybox sh\nb=/bin/busybox\n$b mount -t proc proc /proc\n");
+    let mut script =
+        String::from("#!/bin/busybox sh\nb=/bin/busybox\n$b mount -t proc proc /proc\n");
     let mut loaded = Vec::new();
     for module in BOOT_MODULES {
-        let list = crate::command::output(
-            Command::new("modprobe")
-                .arg("-d")
-                .arg(folder)
-                .args(["-S", version, "--show-depends", module]),
-        )?;
+        let list = crate::command::output(Command::new("modprobe").arg("-d").arg(folder).args([
+            "-S",
+            version,
+            "--show-depends",
+            module,
+        ]))?;
         for path in list.lines().filter_map(|line| line.strip_prefix("insmod ")) {
             let path = Path::new(path.split_whitespace().next().unwrap_or_default());
             let name = kernel::named(path);
@@ -116,7 +132,8 @@ fn make_initrd(folder: &Path, version: &str, target: &Path) -> Result<()> {
     fs::write(&init, script)?;
     fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let temporary = target.with_extension(format!("new{}", std::process::id()));
-    let pack = format!("find . | cpio --quiet -o -H newc > {}", shell_word(&temporary.to_string_lossy()));
+    let pack =
+        format!("find . | cpio --quiet -o -H newc > {}", shell_word(&temporary.to_string_lossy()));
     run_command(Command::new("sh").args(["-c", &pack]).current_dir(tree.path()))?;
     Ok(fs::rename(temporary, target)?)
 }
@@ -162,7 +179,7 @@ fn write_job(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<()> {
         "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n\
         mount -t sysfs sysfs /sys\nmount -t devtmpfs devtmpfs /dev\n\
         mkdir -p /dev/pts /dev/shm; mount -t devpts devpts /dev/pts; mount -t tmpfs -o mode=1777 tmpfs /dev/shm\n\
-        mount -t tmpfs -o mode=1777 tmpfs /tmp; mount -t tmpfs -o mode=755 tmpfs /run\n\
+        mount -t tmpfs -o mode=755 tmpfs /run\n\
         mount -t cgroup2 cgroup2 /sys/fs/cgroup; mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null\n\
         {modules}ip link set lo up; hostname lab\n{mounts}\
         mkdir -p {job_path}; mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none job {job_path}\n\

@@ -1,0 +1,125 @@
+//! `cargo xtask test`: everything, in the order in which it fails fastest.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::command::{cargo, run, target};
+use crate::{build, debian, kernel, lab};
+
+/// Tools that unit tests use beside the lab's.
+const UNIT_TOOLS: [&str; 8] = [
+    "e2fsprogs",
+    "erofs-utils",
+    "iproute2",
+    "nftables",
+    "skopeo",
+    "docker-registry",
+    "apache2-utils",
+    "zstd",
+];
+/// Tools that make the end-to-end tests' images.
+const IMAGE_TOOLS: [&str; 7] =
+    ["buildah", "umoci", "mmdebstrap", "busybox-static", "procps", "util-linux", "libcap2-bin"];
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Only formatting, lints and unit tests
+    #[arg(long, conflicts_with = "e2e")]
+    unit: bool,
+    /// Only the end-to-end tests whose names contain this; all of them without a value
+    #[arg(long, num_args = 0..=1, default_missing_value = "", value_name = "FILTER")]
+    e2e: Option<String>,
+}
+
+/// Runs the tests.
+pub fn test(arguments: &Arguments) -> Result<()> {
+    let started = Instant::now();
+    let mut passed = 0;
+    if arguments.e2e.is_none() {
+        debian::install(&UNIT_TOOLS)?;
+        step("format", || run(cargo().args(["fmt", "--all", "--check"])))?;
+        step("lints", || {
+            run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+            // Not among all targets, since a plain `cargo test` must not run it.
+            run(cargo().args(["clippy", "-p", "e2e", "--test", "e2e", "--", "-D", "warnings"]))
+        })?;
+        step("unit tests", || run(cargo().args(["test", "--workspace"])))?;
+        passed += 3;
+    }
+    if !arguments.unit {
+        debian::install(&UNIT_TOOLS)?;
+        debian::install(&IMAGE_TOOLS)?;
+        step("build", build::build)?;
+        let assets = step("images", prepare)?;
+        let filter = arguments.e2e.as_deref().unwrap_or_default();
+        step("end-to-end tests", || end_to_end(&assets, filter))?;
+        passed += 3;
+    }
+    eprintln!("xtask: all done in {} s", started.elapsed().as_secs());
+    println!("xtask: {passed} passed, 0 failed");
+    Ok(())
+}
+
+fn step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let started = Instant::now();
+    eprintln!("xtask: {name}");
+    let result = work().with_context(|| format!("{name} failed"))?;
+    eprintln!("xtask: {name}: {} s", started.elapsed().as_secs());
+    Ok(result)
+}
+
+/// Makes images and a state directory on the host.
+fn prepare() -> Result<PathBuf> {
+    let folder = target().join("e2e/assets");
+    fs::create_dir_all(&folder)?;
+    run(cargo()
+        .args(["run", "--quiet", "-p", "e2e", "--bin", "prepare", "--"])
+        .arg("--vmrun")
+        .arg(build::dist().join("vmrun"))
+        .arg("--kernel")
+        .arg(kernel::guest()?)
+        .arg(&folder))?;
+    Ok(folder)
+}
+
+/// The test program, built now.
+fn test_program() -> Result<PathBuf> {
+    let output = cargo()
+        .args(["test", "-p", "e2e", "--test", "e2e", "--no-run", "--message-format=json"])
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(output.status.success(), "the end-to-end tests do not compile");
+    for line in output.stdout.split(|byte| *byte == b'\n') {
+        let Ok(message) = serde_json::from_slice::<serde_json::Value>(line) else { continue };
+        if message["target"]["name"] == "e2e"
+            && let Some(program) = message["executable"].as_str()
+        {
+            return Ok(program.into());
+        }
+    }
+    bail!("cargo named no test program")
+}
+
+fn end_to_end(assets: &std::path::Path, filter: &str) -> Result<()> {
+    let program = test_program()?;
+    if lab::needs_machine() {
+        eprintln!("xtask: this host's KVM cannot boot Linux: the tests run in the lab");
+    }
+    let mut command = vec![
+        "env".to_owned(),
+        format!("VMRUN_E2E_ASSETS={}", assets.display()),
+        program.display().to_string(),
+        // Each machine has its own processors to emulate.
+        "--test-threads=2".to_owned(),
+    ];
+    if !filter.is_empty() {
+        command.push(filter.to_owned());
+    }
+    let status = lab::run(&lab::Arguments { mem: 6144, ..lab::Arguments::new(command) })?;
+    ensure!(status == 0, "the end-to-end tests ended with status {status}");
+    Ok(())
+}
