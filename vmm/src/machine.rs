@@ -106,7 +106,7 @@ pub fn start(mut plan: Plan) -> Result<Running, StartError> {
     let buses = Buses { pio: Arc::new(manager.pio), mmio: Arc::new(manager.mmio) };
     let ready = Arc::new(Barrier::new(vcpus.len()));
     for (id, fd) in (0..).zip(vcpus) {
-        vcpu::spawn(id, fd, buses.clone(), halt.clone(), ready.clone())?;
+        vcpu::spawn(id, fd, memory.clone(), buses.clone(), halt.clone(), ready.clone())?;
     }
     Ok(Running { _vm: vm, subscribers: manager.subscribers, power, halt, serial })
 }
@@ -128,8 +128,9 @@ fn set_memory_slots(vm: &VmFd, memory: &GuestMemory) -> Result<(), StartError> {
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the range is a mapping of guest memory that lives as long as `memory`, which the
-        // devices hold for the rest of the process; slots do not overlap, and are not changed.
+        // SAFETY: the range is a mapping of guest memory that lives as long as `memory`, which every
+        // vCPU's thread holds for the rest of the process (a machine need not have a device that
+        // would); slots do not overlap, and are not changed.
         unsafe { vm.set_user_memory_region(slot) }
             .map_err(StartError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
     }

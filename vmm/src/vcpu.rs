@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
+use devices::GuestMemory;
 use devices::bus::Bus;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -62,10 +63,12 @@ impl HaltSwitch {
     }
 }
 
-/// Starts a thread that runs a processor once all of them are ready.
+/// Starts a thread that runs a processor once all of them are ready. The thread holds `memory` and
+/// never ends, so what the slots map is there for as long as the guest can touch it.
 pub fn spawn(
     id: u8,
     mut vcpu: VcpuFd,
+    memory: GuestMemory,
     buses: Buses,
     halt: Arc<HaltSwitch>,
     ready: Arc<Barrier>,
@@ -74,6 +77,7 @@ pub fn spawn(
         .name(format!("vcpu{id}"))
         .stack_size(256 << 10)
         .spawn(move || {
+            let _memory = memory;
             ready.wait();
             let reason = run(id, &mut vcpu, &buses);
             halt.set(reason);
