@@ -1,6 +1,6 @@
 //! The loop that serves devices until the machine ends.
 
-use std::io::{IsTerminal, Read};
+use std::io::IsTerminal;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,6 +8,7 @@ use api_server::machine::exit_status;
 use devices::legacy::power::{PowerRequest, PowerSwitch};
 use devices::legacy::serial::SerialPort;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
@@ -28,7 +29,7 @@ pub fn run(mut running: Running) -> Result<i32, StartError> {
         events.add_subscriber(device);
     }
     let _terminal = running.serial.take().map(|serial| {
-        events.add_subscriber(Arc::new(Mutex::new(SerialInput { serial, open: true })));
+        events.add_subscriber(Arc::new(Mutex::new(SerialInput::new(serial))));
         RawTerminal::enter()
     });
     loop {
@@ -110,34 +111,75 @@ impl AsRawFd for Descriptor {
     }
 }
 
-/// Standard input as the serial port's input.
+/// Standard input as the serial port's input. It is waited for only while the port has room: what
+/// the guest has not read yet stays with whoever sent it.
 struct SerialInput {
     serial: Arc<Mutex<SerialPort>>,
-    open: bool,
+    room: RawFd,
+    input: Input,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Input {
+    Waiting,
+    Full,
+    Closed,
+}
+
+impl SerialInput {
+    fn new(serial: Arc<Mutex<SerialPort>>) -> SerialInput {
+        let room = serial.lock().unwrap_or_else(PoisonError::into_inner).room_event().as_raw_fd();
+        SerialInput { serial, room, input: Input::Waiting }
+    }
+
+    fn stdin() -> Events {
+        Events::new(&Descriptor(libc::STDIN_FILENO), EventSet::IN)
+    }
 }
 
 impl MutEventSubscriber for SerialInput {
     fn init(&mut self, ops: &mut EventOps) {
         // A regular file cannot be waited for; nothing is lost by not reading one.
-        if ops.add(Events::new(&Descriptor(0), EventSet::IN)).is_err() {
-            self.open = false;
+        if ops.add(Self::stdin()).is_err() {
+            self.input = Input::Closed;
+            return;
+        }
+        if let Err(error) = ops.add(Events::new(&Descriptor(self.room), EventSet::IN)) {
+            tracing::error!(?error, "cannot watch the serial port");
         }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut bytes = [0; 64];
-        // What the port has no room for is read and lost, as on a wire: waiting for room would
-        // mean to poll.
-        match std::io::stdin().read(&mut bytes) {
-            Ok(count @ 1..) => serial.input(&bytes[..count]),
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            _ if self.open => {
-                self.open = false;
-                let _ = ops.remove(events);
+        if events.fd() == self.room {
+            let _ = serial.room_event().read();
+            if self.input == Input::Full && ops.add(Self::stdin()).is_ok() {
+                self.input = Input::Waiting;
             }
-            _ => {}
+            return;
         }
+        let mut bytes = [0; 64];
+        let room = serial.input_capacity().min(bytes.len());
+        // Not through std's standard input: that would read ahead, and wait with what it has until
+        // more comes.
+        let stdin = std::io::stdin();
+        let next = match bytes.get_mut(..room) {
+            None | Some([]) => Input::Full,
+            Some(bytes) => match nix::unistd::read(&stdin, bytes) {
+                Ok(0) => Input::Closed,
+                Ok(count) => {
+                    serial.input(bytes.get(..count).unwrap_or_default());
+                    if serial.input_capacity() == 0 { Input::Full } else { Input::Waiting }
+                }
+                Err(Errno::EINTR | Errno::EAGAIN) => Input::Waiting,
+                Err(_) => Input::Closed,
+            },
+        };
+        // Removed, not masked: an end that hung up is reported whatever the mask says.
+        if next != Input::Waiting {
+            let _ = ops.remove(events);
+        }
+        self.input = next;
     }
 }
 

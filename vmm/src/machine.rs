@@ -4,7 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Barrier, Mutex};
 
@@ -90,7 +90,7 @@ pub fn start(mut plan: Plan) -> Result<Running, StartError> {
     let mut manager = DeviceManager::default();
     let serial = add_legacy(&mut manager, &plan.console, &power)?;
     if let Some(since) = plan.boot_timer {
-        manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(since))?;
+        manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(Some(since)))?;
     }
     let root = add_virtio(&mut manager, &memory, &mut plan)?;
 
@@ -170,6 +170,7 @@ fn add_virtio(
     memory: &GuestMemory,
     plan: &mut Plan,
 ) -> Result<Option<RootDevice>, StartError> {
+    check_sharing(&plan.drives)?;
     let mut root = None;
     // The guest names drives in the order in which it finds them; the root device is /dev/vda.
     let (roots, others): (Vec<_>, Vec<_>) =
@@ -220,12 +221,34 @@ fn add_virtio(
     Ok(root)
 }
 
+/// Refuses one file behind two drives unless both only read it: two writers, or a writer behind the
+/// back of a reader's cache, ruin a file system.
+fn check_sharing(drives: &[Drive]) -> Result<(), StartError> {
+    let mut seen: Vec<(u64, u64, &Drive)> = Vec::new();
+    for drive in drives {
+        // What cannot be looked at cannot be opened either, and is refused then.
+        let Some(file) = drive.path_on_host.as_ref().and_then(|path| path.metadata().ok()) else {
+            continue;
+        };
+        let same = |other: &&(u64, u64, &Drive)| (other.0, other.1) == (file.dev(), file.ino());
+        if let Some((_, _, other)) = seen.iter().find(same)
+            && !(drive.is_read_only && other.is_read_only)
+        {
+            let failed = StartError::device(format!("drive {}", drive.drive_id));
+            return Err(failed(format!("drive {} uses the same file", other.drive_id)));
+        }
+        seen.push((file.dev(), file.ino(), drive));
+    }
+    Ok(())
+}
+
 fn append_to(path: &Path) -> Result<impl Write + Send + 'static, StartError> {
     OpenOptions::new()
         .append(true)
         .create(true)
         .mode(0o600)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
+        // A FIFO without a reader must not hang the machine.
+        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(path)
         .map_err(|error| StartError::Open { what: "console output", path: path.to_owned(), error })
 }
@@ -315,8 +338,9 @@ fn make_vcpu(
     Ok(vcpu)
 }
 
-/// Firecracker's boot timer: a guest's init writes a byte, the log tells the time.
-struct BootTimer(std::time::Instant);
+/// Firecracker's boot timer: a guest's init writes a byte, the log tells the time. Once: a guest must
+/// not fill the log.
+struct BootTimer(Option<std::time::Instant>);
 
 impl devices::bus::BusDevice for BootTimer {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
@@ -325,8 +349,10 @@ impl devices::bus::BusDevice for BootTimer {
 
     fn write(&mut self, _offset: u64, data: &[u8]) {
         const MAGIC: u8 = 123;
-        if data == [MAGIC] {
-            tracing::info!("Guest-boot-time = {} us", self.0.elapsed().as_micros());
+        if data == [MAGIC]
+            && let Some(since) = self.0.take()
+        {
+            tracing::info!("Guest-boot-time = {} us", since.elapsed().as_micros());
         }
     }
 }

@@ -78,8 +78,12 @@ impl MachineConfig {
         if self.track_dirty_pages {
             return refuse("track_dirty_pages is not supported yet");
         }
-        if self.huge_pages == HugePages::Explicit {
-            return refuse("huge_pages \"2M\" is not supported yet");
+        match self.huge_pages {
+            HugePages::None => {}
+            HugePages::Transparent => {
+                return refuse("huge_pages \"Transparent\" is not supported yet");
+            }
+            HugePages::Explicit => return refuse("huge_pages \"2M\" is not supported yet"),
         }
         match self.cpu_template.as_deref() {
             None | Some("None") => Ok(()),

@@ -87,8 +87,7 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
     let text = std::fs::read(path).map_err(unreadable)?;
     let mut config = ConfigFile::parse(&text)
         .map_err(|MachineError(error)| MachineError(format!("{}: {error}", path.display())))?;
-    // Where the file says nothing, the command line does.
-    config.logger.get_or_insert_with(|| logger(&options));
+    config.logger = Some(logger(&options, config.logger.take().unwrap_or_default()));
     let taps = options.tap_fd.iter().map(|text| tap(text)).collect::<Result<HashMap<_, _>, _>>()?;
     let mut machine = Controller::new(taps, options.boot_timer.then_some(started));
     for request in config.into_requests() {
@@ -98,7 +97,8 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
     machine.serve()
 }
 
-fn logger(options: &Options) -> Logger {
+/// What the file says of messages, and where it says nothing, what the command line does.
+fn logger(options: &Options, file: Logger) -> Logger {
     let level = options.level.map(|level| match level {
         LogLevel::Off => Level::Off,
         LogLevel::Error => Level::Error,
@@ -108,11 +108,11 @@ fn logger(options: &Options) -> Logger {
         LogLevel::Trace => Level::Trace,
     });
     Logger {
-        log_path: options.log_path.clone(),
-        level,
-        show_level: options.show_level,
-        show_log_origin: options.show_log_origin,
-        module: None,
+        log_path: file.log_path.or_else(|| options.log_path.clone()),
+        level: file.level.or(level),
+        show_level: file.show_level || options.show_level,
+        show_log_origin: file.show_log_origin || options.show_log_origin,
+        module: file.module,
     }
 }
 
