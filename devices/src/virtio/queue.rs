@@ -161,9 +161,16 @@ impl DeviceQueue {
         QueueError::Ring { queue: self.index, error }
     }
 
-    /// Takes the next available chain; false where there is none. `chain` is reused, so that
-    /// nothing is allocated for a request.
+    /// Takes the next available chain; false where there is none, and then the driver notifies us
+    /// of the next. `chain` is reused, so that nothing is allocated for a request.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
+        // With EVENT_IDX a driver notifies of one chain only, the one it was asked to (virtio 1.2,
+        // 2.7.10): whoever stops looking has to ask, or never hears of this queue again. One that
+        // came while we asked is taken now.
+        Ok(self.take(chain)? || (self.enable_notifications()? && self.take(chain)?))
+    }
+
+    fn take(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         let queue = self.index;
         let size = self.queue.size();
         let next = match self.queue.iter(&self.memory) {
@@ -266,5 +273,66 @@ impl DeviceQueue {
         self.queue
             .disable_notification(&self.memory)
             .map_err(|error| QueueError::Ring { queue: self.index, error })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct NoInterrupt;
+
+    impl Interrupt for NoInterrupt {
+        fn used_buffers(&self, _index: u16) {}
+        fn config_changed(&self) {}
+        fn needs_reset(&self) {}
+    }
+
+    const SIZE: u16 = 4;
+    const DESCRIPTORS: u64 = 0x1000;
+    const AVAILABLE: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+
+    fn queue(memory: &GuestMemory) -> DeviceQueue {
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.set_size(SIZE);
+        queue.set_desc_table_address(Some(DESCRIPTORS as u32), None);
+        queue.set_avail_ring_address(Some(AVAILABLE as u32), None);
+        queue.set_used_ring_address(Some(USED as u32), None);
+        queue.set_event_idx(true);
+        queue.set_ready(true);
+        assert!(queue.is_valid(memory));
+        DeviceQueue::new(queue, 0, memory.clone(), Arc::new(NoInterrupt))
+    }
+
+    /// Makes `index` chains available in all, each of one descriptor of 16 bytes.
+    fn make_available(memory: &GuestMemory, index: u16) {
+        for slot in 0..SIZE {
+            let at = DESCRIPTORS + 16 * u64::from(slot);
+            memory.write_obj(0x4000u64, GuestAddress(at)).unwrap();
+            memory.write_obj(16u64, GuestAddress(at + 8)).unwrap();
+            memory.write_obj(slot, GuestAddress(AVAILABLE + 4 + 2 * u64::from(slot))).unwrap();
+        }
+        memory.write_obj(index, GuestAddress(AVAILABLE + 2)).unwrap();
+    }
+
+    /// `avail_event`: the chain that the driver is asked to notify of.
+    fn asked_for(memory: &GuestMemory) -> u16 {
+        memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(SIZE))).unwrap()
+    }
+
+    /// HOSTILE.md 8, and every driver: at every index, the wrap-around among them.
+    #[test]
+    fn hostile_8_an_empty_queue_asks_for_the_next_notification() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let mut queue = queue(&memory);
+        let mut chain = Chain::default();
+        for index in (1..=u16::MAX).chain(0..8) {
+            make_available(&memory, index);
+            assert!(queue.pop(&mut chain).unwrap());
+            queue.push(&chain, 0).unwrap();
+            assert!(!queue.pop(&mut chain).unwrap());
+            assert_eq!(asked_for(&memory), index);
+        }
     }
 }
