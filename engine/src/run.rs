@@ -300,7 +300,7 @@ impl Foreground<'_> {
             socket: None,
         };
         let boot_args = "console=hvc0 quiet reboot=t panic=-1 8250.nr_uarts=0 \
-            random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check";
+            random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check dummy.numdummies=0";
         let mut config = ConfigFile::new(BootSource {
             kernel_image_path: self.kernel.image.clone(),
             initrd_path: Some(initrd.to_owned()),

@@ -104,7 +104,7 @@ impl Forwarding {
     pub fn start(machine: OwnedFd, signals: bool) -> io::Result<Forwarding> {
         let state = Arc::new(Mutex::new(State::default()));
         let shared = state.clone();
-        thread::Builder::new().stack_size(128 << 10).spawn(move || {
+        thread::Builder::new().stack_size(256 << 10).spawn(move || {
             while let Ok(signal) = watched().wait() {
                 forward(&shared, signal, machine.as_fd(), signals);
             }
@@ -138,7 +138,7 @@ impl Forwarding {
             copy(&mut from, &mut to);
             let _ = to.shutdown(Shutdown::Write);
         };
-        thread::Builder::new().stack_size(128 << 10).spawn(copy).map(drop)
+        thread::Builder::new().stack_size(256 << 10).spawn(copy).map(drop)
     }
 
     /// Carries a stream of the process to our standard output (1) or error (2) until its end.
@@ -149,7 +149,7 @@ impl Forwarding {
             io::stderr().as_fd().try_clone_to_owned()?
         };
         let mut to = File::from(to);
-        thread::Builder::new().stack_size(128 << 10).spawn(move || {
+        thread::Builder::new().stack_size(256 << 10).spawn(move || {
             copy(&mut from, &mut to);
             // Nobody reads any more: the guest need not send.
             let _ = from.shutdown(Shutdown::Both);

@@ -105,7 +105,7 @@ pub fn serve() -> Result<(), SetupError> {
             Err(error) => return Err(error).context(|| "vsock: accept".to_owned()),
         };
         let shared = shared.clone();
-        let spawned = thread::Builder::new().stack_size(128 << 10).spawn(move || {
+        let spawned = thread::Builder::new().stack_size(256 << 10).spawn(move || {
             greet(&shared, File::from(connection));
         });
         if let Err(error) = spawned {

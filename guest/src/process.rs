@@ -90,8 +90,6 @@ fn spawn(description: &Description, streams: HashMap<Stream, File>) -> Result<Pr
     command.arg0(program).args(arguments).env_clear().envs(environment).current_dir("/");
     let io = Io::prepare(&mut command, description, &streams)?;
 
-    // Children of this thread are made in the new namespace; the first is its PID 1.
-    unshare(CloneFlags::CLONE_NEWPID).context(|| "PID namespace".to_owned())?;
     let killed_before = out_of_memory_kills();
     let child = Child {
         identity,
@@ -102,8 +100,18 @@ fn spawn(description: &Description, streams: HashMap<Stream, File>) -> Result<Pr
     // SAFETY: between fork and exec the closure makes system calls with data that was made before;
     // it neither allocates nor takes a lock another thread could have held.
     unsafe { command.pre_exec(move || child.become_it()) };
-    let spawned = command.spawn().map_err(|error| cannot_execute(program, &error))?;
-    drop(command);
+    // Children of a thread that has left its PID namespace are made in the new one, and the first is
+    // its PID 1. Such a thread can start no other threads, so it does nothing else.
+    let maker = std::thread::Builder::new()
+        .spawn(move || {
+            unshare(CloneFlags::CLONE_NEWPID)?;
+            command.spawn()
+        })
+        .context(|| "PID namespace".to_owned())?;
+    let spawned = match maker.join() {
+        Ok(spawned) => spawned.map_err(|error| cannot_execute(program, &error))?,
+        Err(_) => return Err(SetupError::setup("the program could not be started")),
+    };
     let pid = Pid::from_raw(spawned.id() as i32);
     let (terminal, pumps) = io.connect(streams)?;
     Ok(Process { id: description.id, pid, terminal, pumps: Mutex::new(pumps), killed_before })

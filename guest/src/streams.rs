@@ -13,7 +13,7 @@ pub const CHUNK: usize = 256 << 10;
 /// Output of a process, to the host. Ends at the end of the output, or when the host has gone, and
 /// then takes the rest so that the process is not stopped by it.
 pub fn output(mut from: File, to: Option<File>) -> std::io::Result<JoinHandle<()>> {
-    thread::Builder::new().stack_size(64 << 10).spawn(move || {
+    thread::Builder::new().stack_size(256 << 10).spawn(move || {
         let mut buffer = vec![0; CHUNK];
         let mut to = to;
         loop {
@@ -54,5 +54,5 @@ pub fn input(mut from: File, mut to: File) -> std::io::Result<()> {
         }
         let _ = shutdown(from.as_raw_fd(), Shutdown::Both);
     };
-    thread::Builder::new().stack_size(64 << 10).spawn(pump).map(drop)
+    thread::Builder::new().stack_size(256 << 10).spawn(pump).map(drop)
 }

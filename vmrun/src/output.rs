@@ -1,7 +1,7 @@
 //! What is printed: tables, JSON lines, messages of the program.
 
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 
 use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
@@ -14,7 +14,7 @@ pub fn log_to_stderr(debug: bool) {
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(false)
         .without_time()
         .with_target(debug)
         .init();

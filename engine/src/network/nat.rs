@@ -29,7 +29,8 @@ pub fn ensure(subnet: &Subnet) -> Result<(), NetworkError> {
     nftables::helper::apply_ruleset(&ruleset(subnet)).map_err(|error| match error {
         NftablesError::NftExecution { inner, .. } => NetworkError::NftMissing(inner),
         NftablesError::NftFailed { stderr, .. } => {
-            NetworkError::Nft(stderr.lines().next().unwrap_or("no reason given").to_owned())
+            let line = stderr.lines().find(|line| line.contains("Error"));
+            NetworkError::Nft(line.unwrap_or("no reason given").to_owned())
         }
         other => NetworkError::Nft(other.to_string()),
     })

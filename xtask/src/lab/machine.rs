@@ -178,6 +178,7 @@ fn write_job(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<()> {
     let second = format!(
         "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n\
         mount -t sysfs sysfs /sys\nmount -t devtmpfs devtmpfs /dev\n\
+        ln -s /proc/self/fd /dev/fd; for n in 0:stdin 1:stdout 2:stderr; do ln -s /proc/self/fd/${{n%:*}} /dev/${{n#*:}}; done\n\
         mkdir -p /dev/pts /dev/shm; mount -t devpts devpts /dev/pts; mount -t tmpfs -o mode=1777 tmpfs /dev/shm\n\
         mount -t tmpfs -o mode=755 tmpfs /run\n\
         mount -t cgroup2 cgroup2 /sys/fs/cgroup; mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null\n\
