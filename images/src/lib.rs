@@ -29,6 +29,8 @@ pub mod registry;
 pub mod rootfs;
 mod source;
 mod store;
+#[cfg(test)]
+mod testing;
 
 pub use archive::SaveFormat;
 pub use digest::{Digest, DigestError};
