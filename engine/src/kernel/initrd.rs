@@ -8,35 +8,43 @@ use std::path::{Path, PathBuf};
 
 use super::{KernelError, at};
 
+/// Version of what is in the archive beside the programs.
+const LAYOUT: u32 = 2;
+
 /// The archive for this init and these modules, made in `cache` where it is not there.
 pub fn make(cache: &Path, init: &Path, modules: Option<&Path>) -> Result<PathBuf, KernelError> {
     let metadata = fs::metadata(init).map_err(at(init))?;
     // A new build of init is another file; hashing it at each start would cost milliseconds.
     let key = format!("{:x}-{:x}-{:x}", metadata.ino(), metadata.len(), metadata.mtime_nsec());
     let kind = if modules.is_some() { "modules-" } else { "" };
-    let path = cache.join(format!("initrd-{kind}{key}.cpio"));
+    let path = cache.join(format!("initrd-{LAYOUT}-{kind}{key}.cpio"));
     if path.exists() {
         return Ok(path);
     }
     let program = fs::read(init).map_err(at(init))?;
     check_static(init, &program)?;
     let mut archive = Vec::new();
-    entry(&mut archive, "init", 0o100755, &program);
+    // A kernel whose console is a module starts init without standard streams, and a Rust program
+    // without them needs /dev/null.
+    entry(&mut archive, "dev", 0o40755, (0, 0), &[]);
+    entry(&mut archive, "dev/console", 0o20600, (5, 1), &[]);
+    entry(&mut archive, "dev/null", 0o20666, (1, 3), &[]);
+    entry(&mut archive, "init", 0o100755, (0, 0), &program);
     if let Some(folder) = modules {
-        entry(&mut archive, "modules", 0o40755, &[]);
+        entry(&mut archive, "modules", 0o40755, (0, 0), &[]);
         let load = folder.join("load");
         let list = fs::read_to_string(&load).map_err(at(&load))?;
-        entry(&mut archive, "modules/load", 0o100644, list.as_bytes());
+        entry(&mut archive, "modules/load", 0o100644, (0, 0), list.as_bytes());
         for name in list.lines().filter(|name| !name.contains('/')) {
             let path = folder.join(name);
             let mut bytes = Vec::new();
             File::open(&path)
                 .and_then(|mut file| file.read_to_end(&mut bytes))
                 .map_err(at(&path))?;
-            entry(&mut archive, &format!("modules/{name}"), 0o100644, &bytes);
+            entry(&mut archive, &format!("modules/{name}"), 0o100644, (0, 0), &bytes);
         }
     }
-    entry(&mut archive, "TRAILER!!!", 0, &[]);
+    entry(&mut archive, "TRAILER!!!", 0, (0, 0), &[]);
     fs::create_dir_all(cache).map_err(at(cache))?;
     let mut file = tempfile::NamedTempFile::new_in(cache).map_err(at(cache))?;
     file.write_all(&archive).map_err(at(&path))?;
@@ -56,7 +64,7 @@ fn check_static(path: &Path, program: &[u8]) -> Result<(), KernelError> {
 }
 
 /// Appends one file in the `newc` format (Linux: buffer-format.rst).
-fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, data: &[u8]) {
+fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, device: (u32, u32), data: &[u8]) {
     let links = 1;
     let fields = [
         0, // inode
@@ -68,8 +76,8 @@ fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, data: &[u8]) {
         data.len() as u32,
         0, // device
         0,
-        0, // device of a node
-        0,
+        device.0, // of a device node
+        device.1,
         name.len() as u32 + 1,
         0, // checksum, unused
     ];
