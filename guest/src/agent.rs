@@ -19,7 +19,7 @@ use nix::sys::socket::{
 
 use crate::error::{Context, SetupError};
 use crate::process::Process;
-use crate::{early, process};
+use crate::{early, mounts, process};
 
 /// Streams that may be open before their process is started.
 const MAX_STREAMS: usize = 64;
@@ -215,6 +215,7 @@ fn handle(shared: &Arc<Shared>, request: Request) {
                     shared.lock().main = Some(process.clone());
                     shared.tell(&Message::Started { process: id });
                     let end = process.wait();
+                    mounts::release(&start.mounts);
                     nix::unistd::sync();
                     let (status, out_of_memory) = (end.status, end.out_of_memory);
                     shared.finish(Message::Exited { process: id, status, out_of_memory });

@@ -274,3 +274,18 @@ fn mount_one(wanted: &Mount, volume: Option<File>) -> Result<(), SetupError> {
         }
     }
 }
+
+/// Leaves the file systems of volumes clean: one that is not cannot be mounted read-only next time.
+/// To be called when nothing writes any more.
+pub fn release(mounts: &[Mount]) {
+    for wanted in mounts {
+        let volume = matches!(wanted.source, MountSource::Device { .. });
+        if volume && !wanted.read_only {
+            let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+            let target = wanted.target.as_str();
+            if let Err(error) = mount(None::<&str>, target, None::<&str>, flags, None::<&str>) {
+                crate::early::log(&format!("volume {target} is not clean: {error}"));
+            }
+        }
+    }
+}

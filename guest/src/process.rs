@@ -1,6 +1,7 @@
 //! The image's process: PID 1 of a PID namespace of its own, as it would be in a container.
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -86,8 +87,9 @@ fn spawn(description: &Description, streams: HashMap<Stream, File>) -> Result<Pr
     let path = environment.iter().rev().find(|(name, _)| *name == "PATH");
     let executable = find(program, path.map_or(DEFAULT_PATH, |(_, path)| path), &cwd)?;
 
+    let image = Executable::new(&executable, program, arguments, &environment)?;
     let mut command = Command::new(&executable);
-    command.arg0(program).args(arguments).env_clear().envs(environment).current_dir("/");
+    command.current_dir("/");
     let io = Io::prepare(&mut command, description, &streams)?;
 
     let killed_before = out_of_memory_kills();
@@ -96,9 +98,11 @@ fn spawn(description: &Description, streams: HashMap<Stream, File>) -> Result<Pr
         cwd,
         rlimits: description.rlimits.clone(),
         terminal: io.terminal.is_some(),
+        image,
     };
     // SAFETY: between fork and exec the closure makes system calls with data that was made before;
-    // it neither allocates nor takes a lock another thread could have held.
+    // it takes no lock that another thread could have held, but the allocator's, which glibc's fork
+    // leaves free.
     unsafe { command.pre_exec(move || child.become_it()) };
     // Children of a thread that has left its PID namespace are made in the new one, and the first is
     // its PID 1. Such a thread can start no other threads, so it does nothing else.
@@ -182,16 +186,69 @@ fn out_of_memory_kills() -> u64 {
     line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
 }
 
+/// A program with its arguments and environment, as the kernel takes them. The C library's own way,
+/// which `Command` goes, gives what is no program to a shell.
+struct Executable {
+    path: CString,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+}
+
+impl Executable {
+    fn new(
+        path: &Path,
+        program: &str,
+        arguments: &[String],
+        environment: &[(&str, &str)],
+    ) -> Result<Executable, SetupError> {
+        let text = |text: Vec<u8>| CString::new(text).context(|| "a NUL byte".to_owned());
+        let mut latest: Vec<(&str, &str)> = Vec::new();
+        for (name, value) in environment {
+            match latest.iter_mut().find(|(other, _)| other == name) {
+                Some(entry) => entry.1 = value,
+                None => latest.push((name, value)),
+            }
+        }
+        let words = std::iter::once(program).chain(arguments.iter().map(String::as_str));
+        Ok(Executable {
+            path: text(path.as_os_str().as_bytes().to_vec())?,
+            arguments: words.map(|word| text(word.into())).collect::<Result<_, _>>()?,
+            environment: latest
+                .iter()
+                .map(|(name, value)| text(format!("{name}={value}").into()))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// Pointers to strings, with the null that ends them.
+fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
+}
+
 /// What the child does to itself before it executes the program.
 struct Child {
     identity: Identity,
     cwd: PathBuf,
     rlimits: Vec<agent_protocol::Rlimit>,
     terminal: bool,
+    image: Executable,
 }
 
 impl Child {
+    /// Becomes the process; returns only where that fails.
     fn become_it(&self) -> io::Result<()> {
+        self.prepare()?;
+        let (arguments, environment) =
+            (pointers(&self.image.arguments), pointers(&self.image.environment));
+        // SAFETY: the path and both lists end with a null, and point to strings that `self` holds.
+        unsafe {
+            libc::execve(self.image.path.as_ptr(), arguments.as_ptr(), environment.as_ptr());
+        }
+        Err(io::Error::last_os_error())
+    }
+
+    fn prepare(&self) -> io::Result<()> {
         nix::unistd::setsid()?;
         if self.terminal {
             // SAFETY: standard input is the terminal, and the argument is a number.

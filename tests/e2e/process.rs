@@ -275,10 +275,12 @@ fn file_capabilities_and_setuid_bits_work() {
 fn layers_merge_as_the_tools_that_made_them_say() {
     let session = Session::prepared();
     let script = "cd /l; find . | sort; cat replaced kept/a opaque/new file-to-dir/in dir-to-file link; \
-        stat -c '%a %u %g %h %Y %F' replaced kept/a hard-b fifo";
+        stat -c '%a %u %g %h %F' replaced kept/a hard-b fifo; stat -c %Y kept/a";
     session.run(["localhost/layers", "sh", "-c", script]).exits(0).prints(
         ".\n./dir-to-file\n./fifo\n./file-to-dir\n./file-to-dir/in\n./hard-b\n./kept\n./kept/a\n./link\n./opaque\n\
-         ./opaque/new\n./replaced\nsecond\n1\n2\nin\nfile\n1\n",
+         ./opaque/new\n./replaced\nsecond\n1\n2\nin\nfile\n1\n\
+         4755 0 0 1 regular file\n644 12 34 1 regular file\n644 0 0 1 regular file\n644 0 0 1 fifo\n\
+         981173106\n",
     );
 }
 

@@ -38,7 +38,11 @@ fn config(lab: bool) -> Result<String> {
     }
     // The lab's lines take the place of those of the same option.
     let own = read("lab.config")?;
-    let option = |line: &str| line.split_once('=').map(|(name, _)| name.to_owned());
+    let option = |line: &str| {
+        let unset = line.strip_prefix("# ").and_then(|line| line.strip_suffix(" is not set"));
+        let name = unset.or_else(|| line.split_once('=').map(|(name, _)| name));
+        name.filter(|name| name.starts_with("CONFIG_")).map(str::to_owned)
+    };
     let replaced: Vec<_> = own.lines().filter_map(option).collect();
     let kept =
         base.lines().filter(|line| option(line).is_none_or(|name| !replaced.contains(&name)));
