@@ -12,7 +12,7 @@ use crate::digest::Digest;
 use crate::document::{
     self, Compression, Descriptor, Document, Index, Manifest, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST,
 };
-use crate::error::Error;
+use crate::error::{Error, one_line};
 use crate::image::Image;
 use crate::layer::UnpackLimits;
 use crate::progress::{Progress, Step};
@@ -180,7 +180,7 @@ fn no_such(path: &Path, select: &Select, names: Vec<String>) -> Error {
 }
 
 fn list(names: Vec<String>) -> String {
-    names.join("; ").chars().take(500).collect()
+    one_line(&names.join("; "))
 }
 
 fn docker_images(container: &Container) -> Result<Vec<DockerImage>, Error> {
