@@ -70,7 +70,7 @@ impl Store {
                     return Err(ArchiveError::Read { path: shown.to_owned(), error }.into());
                 }
             };
-            let written = file.write_all(buffer.get(..read).unwrap_or_default());
+            let written = file.as_file_mut().write_all(buffer.get(..read).unwrap_or_default());
             written.map_err(|error| Error::io("write", file.path())(error))?;
         }
         let spooled = file.reopen().map_err(Error::io("read", file.path()))?;
