@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use crate::digest::{Digest, DigestError};
+use crate::error::one_line;
 
 /// The largest manifest, index or configuration, in bytes (registries' usual limit).
 pub const DOCUMENT_MAX: u64 = 4 << 20;
@@ -384,7 +385,7 @@ pub fn select<'a>(
     if has.is_empty() {
         has.push_str("nothing");
     }
-    Err(DocumentError::NoPlatform { what: what.to_owned(), has: has.chars().take(500).collect() })
+    Err(DocumentError::NoPlatform { what: what.to_owned(), has: one_line(&has) })
 }
 
 /// A configuration, checked against its manifest.
@@ -411,7 +412,7 @@ pub fn parse_config(what: &str, bytes: &[u8], layers: usize) -> Result<Config, D
         .map_err(|error| DocumentError::Json { what: what.to_owned(), error })?;
     let (os, architecture) = (parsed.os().to_string(), parsed.architecture().to_string());
     if (os.as_str(), architecture.as_str()) != ("linux", "amd64") {
-        let has = format!("{os}/{architecture}").chars().take(100).collect();
+        let has = one_line(&format!("{os}/{architecture}"));
         return Err(DocumentError::WrongPlatform { what: what.to_owned(), has });
     }
     let diff_ids = parsed.rootfs().diff_ids().iter().map(|id| id.parse());

@@ -34,7 +34,7 @@ pub enum Error {
     #[error(transparent)]
     Layer(#[from] LayerError),
     /// A layer's entries, or the root device.
-    #[error("cannot make the root device of {image}: {error}{}", if convert_full(.error) { FULL } else { "" })]
+    #[error("cannot make the root device of {image}: {}{}", one_line(.error), convert_hint(.error))]
     Convert {
         /// The image's name or id.
         image: String,
@@ -130,12 +130,17 @@ impl Error {
     }
 }
 
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+fn convert_hint(error: &ConvertError) -> &'static str {
+    match error {
+        ConvertError::Write(error) => hint(error),
+        _ => "",
+    }
 }
 
-fn convert_full(error: &ConvertError) -> bool {
-    matches!(error, ConvertError::Write(error) if is_full(error))
+/// Text that holds parts of a hostile file, as one line that cannot steer a terminal.
+pub(crate) fn one_line(text: &dyn std::fmt::Display) -> String {
+    let text = text.to_string();
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(1000).collect()
 }
 
 fn hint(error: &io::Error) -> &'static str {

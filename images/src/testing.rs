@@ -167,6 +167,6 @@ pub fn tar_of(files: &[(String, Vec<u8>)]) -> Vec<u8> {
 /// An error in a line, as a user sees them.
 pub fn shown<T>(result: Result<T, crate::Error>) -> String {
     let text = result.map(|_| ()).unwrap_err().to_string();
-    assert!(!text.contains('\n'), "{text}");
+    assert!(!text.contains(char::is_control), "{text:?}");
     text
 }

@@ -12,7 +12,7 @@ use crate::digest::Digest;
 use crate::document::{
     self, Compression, Descriptor, Document, Index, Manifest, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST,
 };
-use crate::error::Error;
+use crate::error::{Error, one_line};
 use crate::image::Image;
 use crate::layer::UnpackLimits;
 use crate::progress::{Progress, Step};
@@ -70,7 +70,7 @@ impl Store {
                     return Err(ArchiveError::Read { path: shown.to_owned(), error }.into());
                 }
             };
-            let written = file.write_all(buffer.get(..read).unwrap_or_default());
+            let written = file.as_file_mut().write_all(buffer.get(..read).unwrap_or_default());
             written.map_err(|error| Error::io("write", file.path())(error))?;
         }
         let spooled = file.reopen().map_err(Error::io("read", file.path()))?;
@@ -180,7 +180,7 @@ fn no_such(path: &Path, select: &Select, names: Vec<String>) -> Error {
 }
 
 fn list(names: Vec<String>) -> String {
-    names.join("; ").chars().take(500).collect()
+    one_line(&names.join("; "))
 }
 
 fn docker_images(container: &Container) -> Result<Vec<DockerImage>, Error> {

@@ -14,6 +14,7 @@ pub(crate) use load::{pull_docker, pull_layout, pull_oci_archive};
 pub use save::SaveFormat;
 
 use crate::document::DOCUMENT_MAX;
+use crate::error::one_line;
 
 /// Why an archive or layout cannot be used. Every message names the file.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +36,7 @@ pub enum ArchiveError {
         expected: &'static str,
     },
     /// Not a tar archive, or one that breaks off.
-    #[error("{} is not a tar archive, or is damaged: {error}", path.display())]
+    #[error("{} is not a tar archive, or is damaged: {}", path.display(), one_line(.error))]
     NotTar {
         /// Which.
         path: PathBuf,

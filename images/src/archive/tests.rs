@@ -187,6 +187,8 @@ fn what_is_not_an_image_is_told() {
     let place = place();
     for (bytes, part) in [
         (b"this is not a tar".as_slice(), "not a tar archive"),
+        (b"\x1b[2J\nno tar, but a terminal's codes".as_slice(), "not a tar archive"),
+        (&[b"x\x1b[2J\n".repeat(100).as_slice(), &[7; 2000]].concat(), "not a tar archive"),
         (b"", "has no manifest.json"),
         (&tar(&[("index.json", b"{}")]), "use oci-archive:FILE"),
         (&tar(&[("manifest.json", b"{")]), "manifest.json cannot be read"),

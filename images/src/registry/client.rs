@@ -19,7 +19,7 @@ use super::credentials::{self, Login};
 use super::error::RegistryError;
 use super::{Network, RegistryOptions};
 use crate::digest::Digest;
-use crate::error::Error;
+use crate::error::{Error, one_line};
 use crate::progress::Progress;
 use crate::reference::Reference;
 use crate::store::Expected;
@@ -57,6 +57,8 @@ pub(super) struct Client<'a> {
     http: reqwest::Client,
     /// `https://HOST/v2/REPOSITORY/`.
     base: Url,
+    /// The image, for messages.
+    title: String,
     registry: String,
     repository: String,
     options: &'a RegistryOptions,
@@ -89,6 +91,7 @@ impl<'a> Client<'a> {
         let mut client = Client {
             http,
             base: secure,
+            title: reference.to_string(),
             registry: registry.to_owned(),
             repository: repository.to_owned(),
             options,
@@ -118,7 +121,7 @@ impl<'a> Client<'a> {
         match self.timed(self.http.get(url.clone()).send()).await {
             Ok(Ok(answer)) => Ok(answer.status() != StatusCode::BAD_REQUEST),
             Ok(Err(error)) if error.is_connect() => {
-                Err(self.connect_error(&self.repository, &url, &error))
+                Err(self.connect_error(&self.title, &url, &error))
             }
             _ => Ok(false),
         }
@@ -127,7 +130,7 @@ impl<'a> Client<'a> {
     async fn timed<T>(&self, future: impl Future<Output = T>) -> Result<T, RegistryError> {
         let limit = self.network().answer;
         tokio::time::timeout(limit, future).await.map_err(|_| RegistryError::Broken {
-            what: self.repository.clone(),
+            what: self.title.clone(),
             host: self.registry.clone(),
             reason: format!("it took longer than {} s", limit.as_secs()),
         })
@@ -563,15 +566,21 @@ fn is_loopback(url: &Url) -> bool {
 /// An error with what caused it, without the URL, whose query may hold a secret.
 fn causes(error: &reqwest::Error) -> String {
     let mut text = String::new();
+    let mut resolved = true;
     let mut next: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
     while let Some(error) = next {
         let part = error.to_string();
-        if !text.ends_with(&part) {
+        resolved &= part != "dns error";
+        // Hyper's own frame around the cause says nothing to a user.
+        if !part.starts_with("client error") && !text.ends_with(&part) {
             let colon = if text.is_empty() { "" } else { ": " };
             text.push_str(colon);
             text.push_str(&part);
         }
         next = error.source();
+    }
+    if !resolved {
+        return "its name cannot be resolved; check it, and the network".to_owned();
     }
     if text.is_empty() && error.is_timeout() {
         text.push_str("it takes too long");
@@ -579,7 +588,7 @@ fn causes(error: &reqwest::Error) -> String {
     if text.is_empty() {
         text.push_str("the connection failed");
     }
-    text
+    one_line(&text)
 }
 
 fn build(

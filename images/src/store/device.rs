@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::Store;
 use super::lock::Mode;
 use super::work::Work;
+use crate::digest::Digest;
 use crate::error::Error;
 use crate::image::Image;
 use crate::layer::{Layer, Shared};
@@ -19,17 +20,22 @@ use crate::rootfs::{self, ConvertError, LayerStream};
 /// Part of the file's name, raised when the same layers make another image.
 const FORMAT: u32 = 1;
 
+/// The name of the root device of these layers.
+pub(super) fn device_name(chain: &Digest) -> String {
+    format!("{}.v{FORMAT}.erofs", chain.hex())
+}
+
 impl Store {
     /// The EROFS file of `image`, made if it is not there. Readable by anybody, writable by nobody.
     /// It stays for as long as the image does: hold the image while the file is used.
     pub fn root_device(&self, image: &Image, progress: &dyn Progress) -> Result<PathBuf, Error> {
-        let chain = image.chain_id().hex();
-        let path = self.root.join("erofs").join(format!("{chain}.v{FORMAT}.erofs"));
+        let chain = image.chain_id();
+        let path = self.root.join("erofs").join(device_name(&chain));
         if fs::metadata(&path).is_ok_and(|m| m.is_file()) {
             return Ok(path);
         }
         let _lease = self.hold(image)?;
-        let lock = self.root.join("locks").join(format!("{chain}.device"));
+        let lock = self.root.join("locks").join(format!("{}.device", chain.hex()));
         let lock = self.lock(&lock, Mode::Exclusive)?;
         if !fs::metadata(&path).is_ok_and(|m| m.is_file()) {
             self.convert(image, &path, progress)?;

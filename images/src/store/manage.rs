@@ -10,8 +10,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::database::{self, Record};
+use super::device::device_name;
 use super::lock::{Lock, Mode};
-use super::{Store, named, resolve};
+use super::{Store, resolve};
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::image::{Inspect, ManifestDescriptor, Metadata, RootFs, Summary, rfc3339, seconds};
@@ -148,32 +149,29 @@ impl Store {
         let found = found.ok_or_else(|| Error::NoSuchImage(name.to_owned()))?;
         let mut removed = Vec::new();
         let mut drop_records: Vec<Digest> = Vec::new();
-        match &found.name {
+        let by_digest = |record: &Record, reference: &Reference| {
+            record
+                .repo_digests
+                .iter()
+                .position(|r| r.name() == reference.name() && r.digest() == reference.digest())
+        };
+        // A digest that no registry gave is the manifest's: it means the image, as an id does.
+        let name_is_listed = |reference: &&Reference| {
+            reference.digest().is_none() || by_digest(&found.record, reference).is_some()
+        };
+        match found.name.as_ref().filter(name_is_listed) {
             Some(reference) => {
                 let is = |r: &&mut Record| r.manifest == found.record.manifest;
                 let Some(record) = records.iter_mut().find(is) else { return Ok(removed) };
-                let digest = record.repo_digests.iter().position(|r| {
-                    reference.digest().is_some()
-                        && named(
-                            &Record {
-                                names: Vec::new(),
-                                repo_digests: vec![r.clone()],
-                                ..record.clone()
-                            },
-                            reference,
-                        )
-                });
-                let last = match digest {
-                    Some(_) => record.names.is_empty() && record.repo_digests.len() == 1,
-                    None => record.names.len() <= 1,
-                };
-                if last {
-                    drop_records.push(record.manifest);
-                } else if let Some(at) = digest {
-                    removed.push(Removed::Untagged(record.repo_digests.remove(at).to_string()));
-                } else {
-                    record.names.retain(|name| name != reference);
-                    removed.push(Removed::Untagged(reference.to_string()));
+                match reference.digest().and(by_digest(record, reference)) {
+                    Some(at) if record.names.len() + record.repo_digests.len() > 1 => {
+                        removed.push(Removed::Untagged(record.repo_digests.remove(at).to_string()));
+                    }
+                    None if record.names.len() > 1 => {
+                        record.names.retain(|name| name != reference);
+                        removed.push(Removed::Untagged(reference.to_string()));
+                    }
+                    _ => drop_records.push(record.manifest),
                 }
             }
             None => {
@@ -290,10 +288,10 @@ impl Store {
             bytes = bytes.saturating_add(size);
             deleted.push(digest);
         }
-        let chains: BTreeSet<String> = records.iter().map(|r| r.chain.hex()).collect();
+        let devices: BTreeSet<String> = records.iter().map(|r| device_name(&r.chain)).collect();
         let folder = self.root.join("erofs");
         for (name, size) in files(&folder)? {
-            if !name.split('.').next().is_some_and(|chain| chains.contains(chain)) {
+            if !devices.contains(&name) {
                 unlink(&folder.join(&name))?;
                 bytes = bytes.saturating_add(size);
             }

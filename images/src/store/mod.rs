@@ -284,6 +284,8 @@ impl Store {
         let path = self.blob(digest);
         let mut bytes = Vec::new();
         let read = File::open(&path).and_then(|file| {
+            let size = file.metadata()?.len().min(DOCUMENT_MAX);
+            bytes.reserve_exact(usize::try_from(size).unwrap_or(0).saturating_add(1));
             file.take(DOCUMENT_MAX + 1).read_to_end(&mut bytes)?;
             Ok(())
         });

@@ -127,6 +127,19 @@ fn tags_move_and_removal_deletes_what_has_none() {
 }
 
 #[test]
+fn a_digest_is_a_name_or_an_id() {
+    let place = place();
+    let image = place.add(&Made::small("1"), "app:1");
+    place.store.tag("app:1", "app:2").unwrap();
+    let digest = format!("app@{}", image.manifest_digest);
+    // No registry gave this digest, so it is the image that is meant.
+    assert!(matches!(place.store.remove(&digest, false), Err(Error::SeveralNames { .. })));
+    place.store.remove("app:2", false).unwrap();
+    place.store.remove(&digest, false).unwrap();
+    assert_eq!(place.blobs(), 0);
+}
+
+#[test]
 fn a_name_that_moves_leaves_an_image_without_one() {
     let place = place();
     let old = place.add(&Made::small("1"), "app");

@@ -72,7 +72,7 @@ impl<'a> Work<'a> {
         let digest = Digest::of(bytes);
         if !self.has(&Expected { digest, size: bytes.len() as u64 })? {
             let mut file = self.temp_file()?;
-            let written = file.write_all(bytes);
+            let written = file.as_file_mut().write_all(bytes);
             written.map_err(Error::io("write", &self.store.blob(&digest)))?;
             self.keep(file, &digest)?;
         }
@@ -111,7 +111,7 @@ impl<'a> Work<'a> {
                 break;
             }
             if let Some(file) = &mut file {
-                let written = file.write_all(piece);
+                let written = file.as_file_mut().write_all(piece);
                 written.map_err(|error| Error::io("write", file.path())(error))?;
             }
             if size - reported >= 1 << 20 {
