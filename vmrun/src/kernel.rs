@@ -31,7 +31,7 @@ pub fn kernel(paths: &Paths, command: KernelCommand) -> Result<(), Failure> {
             let rows =
                 names.iter().map(|name| Row { name, default: default.as_deref() == Some(name) });
             match format {
-                Format::Json => rows.map(|row| output::json(&row)).collect::<Result<(), _>>()?,
+                Format::Json => rows.try_for_each(|row| output::json(&row))?,
                 Format::Table => {
                     let mark = |row: Row<'_>| {
                         [row.name.to_owned(), if row.default { "*" } else { "" }.to_owned()]
