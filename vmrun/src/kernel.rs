@@ -28,7 +28,7 @@ pub fn kernel(paths: &Paths, command: KernelCommand) -> Result<(), Failure> {
         KernelCommand::Ls { format } => {
             let names = kernels.list()?;
             let default = kernels.default_name();
-            let rows =
+            let mut rows =
                 names.iter().map(|name| Row { name, default: default.as_deref() == Some(name) });
             match format {
                 Format::Json => rows.try_for_each(|row| output::json(&row))?,
