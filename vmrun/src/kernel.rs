@@ -28,10 +28,10 @@ pub fn kernel(paths: &Paths, command: KernelCommand) -> Result<(), Failure> {
         KernelCommand::Ls { format } => {
             let names = kernels.list()?;
             let default = kernels.default_name();
-            let rows =
+            let mut rows =
                 names.iter().map(|name| Row { name, default: default.as_deref() == Some(name) });
             match format {
-                Format::Json => rows.map(|row| output::json(&row)).collect::<Result<(), _>>()?,
+                Format::Json => rows.try_for_each(|row| output::json(&row))?,
                 Format::Table => {
                     let mark = |row: Row<'_>| {
                         [row.name.to_owned(), if row.default { "*" } else { "" }.to_owned()]

@@ -7,6 +7,8 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+#[cfg(test)]
+mod testing;
 pub mod vsock;
 
 use std::os::fd::AsRawFd;

@@ -57,6 +57,13 @@ impl Buffers {
         self.length == 0
     }
 
+    #[cfg(test)]
+    /// Adds a range that a test knows to exist.
+    pub fn push_for_tests(&mut self, address: u64, length: u32) {
+        self.segments.push((GuestAddress(address), length));
+        self.length += length;
+    }
+
     fn clear(&mut self) {
         self.segments.clear();
         self.length = 0;

@@ -33,7 +33,9 @@ pub enum NetworkError {
     #[error("/dev/net/tun: {0}; load the tun module (modprobe tun), or use --network none")]
     NoTun(io::Error),
     /// The TAP interface could not be made.
-    #[error("cannot create TAP interface {name}: {error}")]
+    #[error(
+        "cannot create TAP interface {name}: {error}; load the tun module (modprobe tun), or use --network none"
+    )]
     Tap {
         /// Its name.
         name: String,

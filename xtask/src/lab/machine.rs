@@ -20,7 +20,8 @@ const STARTS: u32 = 3;
 /// What the first program needs of Debian's kernel, which has all of it as modules.
 const BOOT_MODULES: [&str; 3] = ["virtio_pci", "9pnet_virtio", "9p"];
 /// And what the jobs need.
-const JOB_MODULES: [&str; 14] = [
+const JOB_MODULES: [&str; 15] = [
+    "virtio_console",
     "overlay",
     "kvm-amd",
     "tun",
@@ -268,7 +269,10 @@ fn start(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<Machine> {
     if arguments.count {
         qemu.args(["-accel", "tcg", "-icount", "shift=0,sleep=off"]);
     } else {
-        qemu.args(["-accel", "tcg,thread=multi"]);
+        // Debian's kernel patches its own code while it runs, which QEMU's processors do not always
+        // see of each other when each has a thread of its own.
+        let threads = if boot.modules.is_some() { "single" } else { "multi" };
+        qemu.args(["-accel", &format!("tcg,thread={threads}")]);
     }
     qemu.arg("-kernel").arg(&boot.kernel);
     let mut line = String::from("quiet loglevel=3 panic=-1 mitigations=off console=ttyS0 ");

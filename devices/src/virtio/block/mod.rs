@@ -192,3 +192,6 @@ impl MutEventSubscriber for Block {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

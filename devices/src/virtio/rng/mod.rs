@@ -105,3 +105,27 @@ impl MutEventSubscriber for Rng {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{Driver, survives_broken_queues};
+
+    #[test]
+    fn a_buffer_comes_back_filled_and_a_huge_one_in_part() {
+        let mut driver = Driver::new(Rng::new().unwrap());
+        let small = driver.buffer(&[0; 64]);
+        let large = driver.buffer(&[0; 2 * MAX_BYTES]);
+        driver.send(0, &[], &[(small, 64)]);
+        driver.send(0, &[], &[(large, 2 * MAX_BYTES as u32)]);
+        driver.notify(0);
+        assert_eq!(driver.used(0), [(0, 64), (1, MAX_BYTES as u32)]);
+        assert_ne!(driver.read(small, 64), [0; 64]);
+        assert_eq!(driver.read(large + MAX_BYTES as u64, 64), [0; 64]);
+    }
+
+    #[test]
+    fn hostile_1_broken_queues_are_survived() {
+        survives_broken_queues(|| Rng::new().unwrap());
+    }
+}

@@ -539,3 +539,6 @@ impl MutEventSubscriber for Vsock {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

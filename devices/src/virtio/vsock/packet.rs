@@ -49,6 +49,11 @@ impl Op {
         }
     }
 
+    #[cfg(test)]
+    pub fn from_number_for_tests(number: u16) -> Op {
+        Op::from_number(number)
+    }
+
     fn number(self) -> u16 {
         match self {
             Op::Request => 1,
