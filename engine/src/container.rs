@@ -85,6 +85,9 @@ pub struct Config {
     /// The user's labels.
     #[serde(default)]
     pub labels: Vec<String>,
+    /// Names of the volumes it uses.
+    #[serde(default)]
+    pub volumes: Vec<String>,
 }
 
 /// How a container ended.
@@ -279,6 +282,7 @@ fn reap_one(paths: &Paths, id: &str, folder: &Path) -> Result<Option<Listed>, Co
             created: 0,
             remove: false,
             labels: Vec::new(),
+            volumes: Vec::new(),
         }),
         // Whoever made it was killed before it was whole.
         None => None,
@@ -350,6 +354,7 @@ mod tests {
             created: 0,
             remove,
             labels: Vec::new(),
+            volumes: Vec::new(),
         }
     }
 

@@ -202,6 +202,12 @@ pub fn run(
         created: 0,
         remove: options.remove,
         labels: options.labels.clone(),
+        volumes: options
+            .volumes
+            .iter()
+            .filter(|volume| !volume.is_path())
+            .map(|volume| volume.source.clone())
+            .collect(),
     };
     let container = Container::create(paths, config)?;
     if let Err(error) = write_cidfile(options, &container) {
@@ -581,6 +587,7 @@ pub fn try_boot(paths: &Paths, kernel: &Kernel) -> Result<Duration, RunError> {
         created: 0,
         remove: true,
         labels: Vec::new(),
+        volumes: Vec::new(),
     };
     let container = Container::create(paths, config)?;
     let attempt = || {

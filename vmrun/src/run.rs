@@ -71,6 +71,20 @@ fn refuse_unsupported(arguments: &RunArguments) -> Result<(), Failure> {
     if !arguments.mount.is_empty() {
         return Err(Failure::new("--mount is not supported yet; use -v NAME:/dir or --tmpfs"));
     }
+    if arguments.network.as_deref() == Some("none") {
+        let used = [
+            ("--dns", !arguments.dns.is_empty()),
+            ("--dns-search", !arguments.dns_search.is_empty()),
+            ("--dns-option", !arguments.dns_option.is_empty()),
+            ("--add-host", !arguments.add_host.is_empty()),
+            ("--ip", arguments.ip.is_some()),
+        ];
+        if let Some((flag, _)) = used.iter().find(|(_, used)| *used) {
+            return Err(Failure::new(format!(
+                "{flag} has no effect with --network none; leave one of them away"
+            )));
+        }
+    }
     match arguments.platform.as_deref() {
         None | Some("linux/amd64" | "linux/x86_64" | "linux") => Ok(()),
         Some(other) => Err(Failure::new(format!(
