@@ -93,14 +93,20 @@ pub fn create(paths: &Paths, name: &str, size: u64) -> Result<(), VolumeError> {
     }
 }
 
+/// Says early that a directory cannot be shared.
+pub fn refuse_directory(argument: &VolumeArgument) -> Result<(), VolumeError> {
+    let path = PathBuf::from(&argument.source);
+    if argument.is_path() && path.is_dir() {
+        return Err(VolumeError::Directory(path));
+    }
+    Ok(())
+}
+
 /// Takes what `-v` names, making a named volume that does not exist.
 pub fn attach(paths: &Paths, argument: VolumeArgument) -> Result<Attached, VolumeError> {
     let path = if argument.is_path() {
+        refuse_directory(&argument)?;
         let path = PathBuf::from(&argument.source);
-        let metadata = fs::metadata(&path).map_err(at(&path))?;
-        if metadata.is_dir() {
-            return Err(VolumeError::Directory(path));
-        }
         fs::canonicalize(&path).map_err(at(&path))?
     } else {
         match create(paths, &argument.source, DEFAULT_SIZE) {
