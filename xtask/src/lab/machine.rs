@@ -269,10 +269,7 @@ fn start(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<Machine> {
     if arguments.count {
         qemu.args(["-accel", "tcg", "-icount", "shift=0,sleep=off"]);
     } else {
-        // Debian's kernel patches its own code while it runs, which QEMU's processors do not always
-        // see of each other when each has a thread of its own.
-        let threads = if boot.modules.is_some() { "single" } else { "multi" };
-        qemu.args(["-accel", &format!("tcg,thread={threads}")]);
+        qemu.args(["-accel", "tcg,thread=multi"]);
     }
     qemu.arg("-kernel").arg(&boot.kernel);
     let mut line = String::from("quiet loglevel=3 panic=-1 mitigations=off console=ttyS0 ");
