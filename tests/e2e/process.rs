@@ -288,7 +288,7 @@ fn layers_merge_as_the_tools_that_made_them_say() {
 fn mounts_devices_and_limits_are_those_of_a_container() {
     let session = Session::prepared();
     let script = "for f in /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty /dev/ptmx; do test -c $f || echo no $f; done; \
-        echo x > /dev/shm/x; cat /dev/shm/x; test -d /dev/mqueue && mount | grep -c -E 'on /(proc|sys|dev|dev/pts|dev/shm|dev/mqueue|sys/fs/cgroup) '; \
+        echo x > /dev/shm/x; cat /dev/shm/x; test -d /dev/mqueue && mount | grep -oE 'on /(proc|sys|dev|dev/pts|dev/shm|dev/mqueue|sys/fs/cgroup) ' | sort -u | wc -l; \
         echo to-stdout > /dev/stdout; echo $$; ulimit -n";
     let done = session.run(["--ulimit", "nofile=1234", BASE, "sh", "-c", script]).exits(0);
     assert_eq!(done.out(), "x\n7\nto-stdout\n1\n1234\n", "{}", done.err());

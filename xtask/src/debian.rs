@@ -55,9 +55,9 @@ fn update() -> Result<()> {
 pub fn download(package: &str) -> Result<PathBuf> {
     let folder = cache()?.join("debs");
     fs::create_dir_all(&folder)?;
-    let find = || -> Result<Option<PathBuf>> {
+    let find = |folder: &Path| -> Result<Option<PathBuf>> {
         let begin = format!("{package}_");
-        for entry in fs::read_dir(&folder)? {
+        for entry in fs::read_dir(folder)? {
             let path = entry?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             if name.starts_with(&begin) && name.ends_with(".deb") {
@@ -66,21 +66,27 @@ pub fn download(package: &str) -> Result<PathBuf> {
         }
         Ok(None)
     };
-    if let Some(found) = find()? {
+    if let Some(found) = find(&folder)? {
         return Ok(found);
     }
+    // apt-get writes under the final name: what is half there must not be found, now or later.
+    let partial = tempfile::Builder::new().prefix("partial").tempdir_in(&folder)?;
     eprintln!("xtask: downloading Debian package {package}");
     let fetch = || {
         run(Command::new("apt-get")
             .args(["download", "-q", package])
-            .current_dir(&folder)
+            .current_dir(partial.path())
             .stdout(std::io::stderr()))
     };
     fetch().or_else(|_| {
         update()?;
         fetch()
     })?;
-    find()?.with_context(|| format!("apt-get download {package} left no file"))
+    let fetched = find(partial.path())?
+        .with_context(|| format!("apt-get download {package} left no file"))?;
+    let place = folder.join(fetched.file_name().context("a package without a name")?);
+    fs::rename(&fetched, &place)?;
+    Ok(place)
 }
 
 /// The versioned kernel package that a meta package such as `linux-image-amd64` stands for.

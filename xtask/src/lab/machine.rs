@@ -2,12 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{SigSet, Signal};
 
 use super::{Arguments, FAILURE, TIMED_OUT};
@@ -62,17 +63,22 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         let mut machine = start(arguments, &boot, job.path())?;
         match watch(&mut machine, arguments, job.path(), &signals)? {
             Outcome::Done(status) => return Ok(status),
-            Outcome::NotStarted => {
-                eprintln!("xtask: the lab did not start (attempt {attempt} of {STARTS})");
-            }
+            Outcome::NotStarted => {}
         }
+        drop(machine);
+        // It may have begun between the last look and its end: then it is not done again.
+        ensure!(!job.path().join("begun").exists(), "the lab's machine ended as the command began");
+        eprintln!("xtask: the lab did not start (attempt {attempt} of {STARTS})");
     }
-    let log = fs::read_to_string(job.path().join("console")).unwrap_or_default();
-    let tail: Vec<_> = log.lines().rev().take(5).collect();
-    bail!(
-        "the lab does not start; its console ends: {}",
-        tail.into_iter().rev().collect::<Vec<_>>().join(" | ")
-    )
+    bail!("the lab does not start; its console ends: {}", last_lines(&job.path().join("console")))
+}
+
+/// The end of a log, on one line; empty where there is none.
+fn last_lines(log: &Path) -> String {
+    let bytes = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines[lines.len().saturating_sub(5)..].join(" | ")
 }
 
 /// `VMRUN_LAB_KERNEL`, one that was built for the lab, or Debian's.
@@ -151,7 +157,7 @@ fn write_job(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<()> {
         let (cache, mode) = if *writable { ("none", "rw") } else { ("loose", "ro") };
         let path = shell_word(&folder.to_string_lossy());
         mounts += &format!(
-            "mkdir -p {path}; mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache={cache},{mode} share{index} {path}\n"
+            "mkdir -p {path} && mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache={cache},{mode} share{index} {path} || failed=\"$failed \"{path}\n"
         );
     }
     let mut modules = String::new();
@@ -186,12 +192,20 @@ fn write_job(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<()> {
         {modules}ip link set lo up; hostname lab\n{mounts}\
         mkdir -p {job_path}; mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none job {job_path}\n\
         cd {job_path}; echo > begun\n\
-        /bin/sh ./command </dev/null >/dev/hvc0 2>/dev/hvc1\n\
+        if [ -n \"$failed\" ]; then echo \"xtask: the lab cannot mount$failed\" >/dev/hvc1; (exit {FAILURE})\n\
+        else /bin/sh ./command </dev/null >/dev/hvc0 2>/dev/hvc1; fi\n\
         echo $? > status.new; mv status.new status\n\
-        sync; echo o > /proc/sysrq-trigger; sleep 60\n"
+        sync; exec /bin/busybox reboot -f\n"
     );
     let mut command = String::new();
-    for (name, value) in std::env::vars() {
+    // Names and values that a shell script cannot carry are left out.
+    let text = |text: std::ffi::OsString| text.into_string().ok();
+    let variables =
+        std::env::vars_os().filter_map(|(name, value)| Some((text(name)?, text(value)?)));
+    for (name, value) in variables {
+        if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
+            continue;
+        }
         let passed = ["VMRUN_", "RUST_", "CARGO_", "FIRECRACKER"];
         if passed.iter().any(|begin| name.starts_with(begin)) && name != "VMRUN_LAB_KERNEL" {
             command += &format!("export {name}={}\n", shell_word(&value));
@@ -200,7 +214,7 @@ fn write_job(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<()> {
     let dist = shell_word(&build::dist().to_string_lossy());
     let cwd = shell_word(&std::env::current_dir()?.to_string_lossy());
     command += &format!(
-        "export PATH={dist}:$PATH HOME=/root TERM=dumb VMRUN_LAB=vm\nstty -F /dev/hvc0 raw 2>/dev/null\nstty -F /dev/hvc1 raw 2>/dev/null\ncd {cwd}\n"
+        "export PATH={dist}:$PATH HOME=/root TERM=dumb VMRUN_LAB=vm\nstty -F /dev/hvc0 raw 2>/dev/null\nstty -F /dev/hvc1 raw 2>/dev/null\ncd {cwd} || exit {FAILURE}\n"
     );
     let words: Vec<_> = arguments.command.iter().map(|word| shell_word(word)).collect();
     command += &words.join(" ");
@@ -211,6 +225,11 @@ fn write_job(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<()> {
         fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     }
     Ok(())
+}
+
+/// A path as a value among QEMU's options, where a comma ends one.
+fn option_value(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
 }
 
 /// The folders to be shown, with whether they are writable.
@@ -269,13 +288,11 @@ fn start(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<Machine> {
     if arguments.count {
         qemu.args(["-accel", "tcg", "-icount", "shift=0,sleep=off"]);
     } else {
-        // Debian's kernel patches its own code while it runs, which QEMU's processors do not always
-        // see of each other when each has a thread of its own.
-        let threads = if boot.modules.is_some() { "single" } else { "multi" };
-        qemu.args(["-accel", &format!("tcg,thread={threads}")]);
+        qemu.args(["-accel", "tcg,thread=multi"]);
     }
     qemu.arg("-kernel").arg(&boot.kernel);
-    let mut line = String::from("quiet loglevel=3 panic=-1 mitigations=off console=ttyS0 ");
+    let mut line =
+        String::from("quiet loglevel=3 reboot=t panic=-1 mitigations=off console=ttyS0 ");
     match &boot.initrd {
         Some(initrd) => {
             qemu.arg("-initrd").arg(initrd);
@@ -292,7 +309,7 @@ fn start(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<Machine> {
     let local = "local,security_model=none,multidevs=remap";
     let mut share = |tag: &str, folder: &Path, read_only: bool| {
         let mode = if read_only { ",readonly=on" } else { "" };
-        qemu.arg("-fsdev").arg(format!("{local},id={tag},path={}{mode}", folder.display()));
+        qemu.arg("-fsdev").arg(format!("{local},id={tag},path={}{mode}", option_value(folder)));
         qemu.arg("-device").arg(format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}"));
     };
     share("host", Path::new("/"), true);
@@ -302,13 +319,27 @@ fn start(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<Machine> {
     }
     qemu.args(["-device", "virtio-serial-pci"]);
     for (id, file) in [("out", "output"), ("err", "error")] {
-        qemu.arg("-chardev").arg(format!("file,id={id},path={}", job.join(file).display()));
+        qemu.arg("-chardev").arg(format!("file,id={id},path={}", option_value(&job.join(file))));
         qemu.args(["-device", &format!("virtconsole,chardev={id}")]);
     }
     qemu.args(["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng"]);
     qemu.arg("-serial").arg(format!("file:{}", job.join("console").display()));
     let messages = File::create(job.join("qemu"))?;
+    let parent = nix::unistd::getpid();
+    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    unsafe {
+        qemu.pre_exec(move || {
+            // The machine ends with us, also when we are killed; asked after, in case that was before.
+            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+            if nix::unistd::getppid() != parent {
+                return Err(std::io::ErrorKind::Interrupted.into());
+            }
+            Ok(())
+        });
+    }
     let qemu = qemu
+        // A terminal's Ctrl-C is for us: we end the machine, and say why.
+        .process_group(0)
         .stdin(Stdio::null())
         .stdout(messages.try_clone()?)
         .stderr(messages)
@@ -348,12 +379,18 @@ fn watch(
             let status: i32 = status.trim().parse().context("the lab's exit status")?;
             return Ok(Outcome::Done(status as u8));
         }
-        if machine.qemu.try_wait()?.is_some() {
+        if let Some(ended) = machine.qemu.try_wait()? {
             if begun.is_none() {
+                // Status 1 is QEMU's refusal of what it was told; another try would get the same.
+                let refused = ended.code() == Some(1);
+                ensure!(!refused, "the lab does not start: {}", last_lines(&job.join("qemu")));
                 return Ok(Outcome::NotStarted);
             }
-            let message = fs::read_to_string(job.join("qemu")).unwrap_or_default();
-            eprintln!("xtask: the lab's machine ended under the command {}", message.trim());
+            let logs = ["qemu", "console"].map(|name| last_lines(&job.join(name)));
+            let [qemu, console] = logs;
+            eprintln!(
+                "xtask: the lab's machine ended under the command; QEMU: {qemu}; console: {console}"
+            );
             return Ok(Outcome::Done(FAILURE));
         }
         match begun {
