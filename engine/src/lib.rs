@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod container;
+mod conversation;
 pub mod disk;
 pub mod doctor;
 pub mod kernel;

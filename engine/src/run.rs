@@ -11,8 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::{
-    Message, Mount, MountSource, Network as GuestNetwork, Request, Root, Start, StartFailure,
-    Stream, Writable,
+    Mount, MountSource, Network as GuestNetwork, Root, Start, StartFailure, Writable,
 };
 use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{
@@ -21,8 +20,9 @@ use api_server::machine::{
 };
 use images::Image;
 
-use crate::agent::{self, AgentError, Control, Ready, printable};
+use crate::agent::{AgentError, Control, Ready, printable};
 use crate::container::{Config, Container, ContainerError};
+use crate::conversation::{Conversation, Exit};
 use crate::disk::{self, DiskError};
 use crate::kernel::{Kernel, KernelError};
 use crate::network::{self, Attachment, Dns, NetworkError};
@@ -144,6 +144,9 @@ pub enum RunError {
     /// The agent.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// The agent says what makes no sense.
+    #[error("the guest's agent makes no sense: {0}")]
+    Senseless(String),
     /// The process did not start.
     #[error("{message}")]
     Start {
@@ -226,7 +229,7 @@ pub fn run(
     let result = foreground.run(&program, &initrd);
     let started = foreground.started.get();
     let finished = match &result {
-        Ok((status, out_of_memory)) => container.finish(*status, *out_of_memory),
+        Ok(exit) => container.finish(exit.status, exit.out_of_memory),
         // What a process wrote before its machine broke down is its user's, and so are the logs.
         Err(error) if started => container.finish(error.exit_code(), false),
         // A container that never ran is of no use to anyone.
@@ -241,7 +244,7 @@ pub fn run(
     if let Err(second) = finished {
         tracing::warn!("{second}");
     }
-    result.map(|(status, _)| status)
+    result.map(|exit| exit.status)
 }
 
 fn write_cidfile(options: &RunOptions, container: &Container) -> Result<(), RunError> {
@@ -262,7 +265,7 @@ struct Foreground<'a> {
 }
 
 impl Foreground<'_> {
-    fn run(&self, program: &Path, initrd: &Path) -> Result<(u8, bool), RunError> {
+    fn run(&self, program: &Path, initrd: &Path) -> Result<Exit, RunError> {
         let volumes = self.volumes()?;
         let attachment = match self.options.network {
             NetworkMode::None => None,
@@ -278,28 +281,55 @@ impl Foreground<'_> {
         let network = attachment.as_ref().map(|attachment| self.guest_network(attachment));
         drop(attachment);
 
-        // Without -i nothing would read the keys: they stay the terminal's, and Ctrl-C a signal.
-        let process = &self.options.process;
-        let raw = process.terminal.is_some() && process.interactive;
-        let terminal = Terminal::enter(raw).map_err(RunError::Stdio)?;
         let forwarding = Forwarding::start(
             vmm.clone_pidfd().map_err(RunError::Stdio)?,
             !self.options.no_signals,
         )
         .map_err(RunError::Stdio)?;
-        let result =
-            self.converse(&vmm, ready, &vsock, network, writable.is_some(), &volumes, &forwarding);
-        drop(terminal);
+        let (mut outputs, mut started) = (Vec::new(), false);
+        let converse = || {
+            ready.wait(vmm.pidfd(), BOOT_LIMIT)?;
+            let mut control = Control::open(&vsock, vmm.pidfd())?;
+            // Not before, so that Ctrl-C ends a machine that does not come up. Without -i nothing
+            // would read the keys: they stay the terminal's, and Ctrl-C a signal.
+            let process = &self.options.process;
+            let raw = process.terminal.is_some() && process.interactive;
+            let _terminal = Terminal::enter(raw).map_err(RunError::Stdio)?;
+            let conversation = Conversation {
+                vsock: &vsock,
+                machine: vmm.pidfd(),
+                forwarding: &forwarding,
+                outputs: &mut outputs,
+                started: &mut started,
+            };
+            let start = self.start(network, writable.is_some(), &volumes)?;
+            let exit = conversation.run(&mut control, start)?;
+            Ok((control, exit))
+        };
+        let result = converse();
+        self.started.set(started);
         match result {
-            Ok((control, status, out_of_memory)) => {
+            Ok((control, exit)) => {
                 control.close();
                 let _ = vmm.wait(END_LIMIT);
-                Ok((status, out_of_memory))
+                Ok(exit)
             }
-            Err(error) => Err(match forwarding.interrupted() {
-                Some(signal) => RunError::Interrupted(signal),
-                None => explain(error, &mut vmm, self.container),
-            }),
+            Err(error) => {
+                if let Some(signal) = forwarding.interrupted() {
+                    return Err(RunError::Interrupted(signal));
+                }
+                let error = explain(error, &mut vmm, self.container);
+                if matches!(error, RunError::Start { .. }) && !volumes.is_empty() {
+                    // The guest has hung up, and leaves them clean before it ends.
+                    let _ = vmm.wait(END_LIMIT);
+                }
+                // What the process wrote before the end is shown before the error is.
+                vmm.kill();
+                for output in outputs {
+                    let _ = output.join();
+                }
+                Err(error)
+            }
         }
     }
 
@@ -383,60 +413,6 @@ impl Foreground<'_> {
             dns_search: choose(&wished.search, host.search),
             dns_options: choose(&wished.options, host.options),
             extra_hosts: self.options.extra_hosts.clone(),
-        }
-    }
-
-    /// Waits for the guest, tells it what to run, and carries bytes until the process has ended and
-    /// all its output was read.
-    #[allow(clippy::too_many_arguments, reason = "the parts of one conversation")]
-    fn converse(
-        &self,
-        vmm: &Vmm,
-        ready: Ready,
-        vsock: &Path,
-        network: Option<GuestNetwork>,
-        writable: bool,
-        volumes: &[Attached],
-        forwarding: &Forwarding,
-    ) -> Result<(Control, u8, bool), RunError> {
-        ready.wait(vmm.pidfd(), BOOT_LIMIT)?;
-        let mut control = Control::open(vsock, vmm.pidfd())?;
-        let start = self.start(network, writable, volumes)?;
-        let mut outputs = Vec::new();
-        for stream in &start.process.streams {
-            let connection = agent::attach(vsock, start.process.id, *stream, vmm.pidfd())?;
-            match stream {
-                Stream::Stdin => forwarding.input(connection).map_err(RunError::Stdio)?,
-                Stream::Stdout => {
-                    outputs.push(forwarding.output(connection, 1).map_err(RunError::Stdio)?);
-                }
-                Stream::Stderr => {
-                    outputs.push(forwarding.output(connection, 2).map_err(RunError::Stdio)?);
-                }
-            }
-        }
-        control.send(&Request::Start(Box::new(start)))?;
-        loop {
-            match control.receive()? {
-                Message::Started { process } => {
-                    self.started.set(true);
-                    forwarding.started(
-                        control.try_clone()?,
-                        process,
-                        self.options.process.terminal,
-                    );
-                }
-                Message::StartFailed { kind, message } => {
-                    return Err(RunError::Start { kind, message: printable(&message) });
-                }
-                Message::Exited { status, out_of_memory, .. } => {
-                    forwarding.over();
-                    for output in outputs {
-                        let _ = output.join();
-                    }
-                    return Ok((control, status, out_of_memory));
-                }
-            }
         }
     }
 

@@ -124,6 +124,12 @@ impl Forwarding {
         Ok(Forwarding { state })
     }
 
+    /// One that no signal reaches.
+    #[cfg(test)]
+    pub(crate) fn idle() -> Forwarding {
+        Forwarding { state: Arc::default() }
+    }
+
     /// The process runs: signals are its own from now on.
     pub fn started(&self, control: Control, process: u32, terminal: Option<WindowSize>) {
         lock(&self.state).phase = Phase::Running(control, process);
