@@ -1,7 +1,7 @@
 //! The host's end of the agent protocol. The guest is not trusted: what it says is bounded by the
 //! protocol's frames, what it does not say is waited for with the VMM's end in view.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -16,6 +16,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How long an agent that is up may take to answer a hello.
 const HELLO_LIMIT: Duration = Duration::from_secs(30);
+/// How long a request may wait for a guest that does not read.
+const SEND_LIMIT: Duration = Duration::from_secs(10);
 
 /// Why the agent cannot be talked to.
 #[derive(Debug, thiserror::Error)]
@@ -110,20 +112,50 @@ fn open(vsock: &Path, purpose: Purpose, machine: BorrowedFd<'_>) -> Result<UnixS
     let mut stream = UnixStream::connect(vsock).map_err(failed)?;
     stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())?;
     write_frame(&mut stream, &Hello { version: VERSION, purpose })?;
-    wait_readable(stream.as_fd(), machine, HELLO_LIMIT)?;
-    stream.set_read_timeout(Some(HELLO_LIMIT))?;
-    // A byte at a time: what follows the line must stay in the socket.
-    let mut line = Vec::new();
-    BufReader::with_capacity(1, &mut stream).take(32).read_until(b'\n', &mut line)?;
-    if !line.starts_with(b"OK ") {
-        return Err(AgentError::Refused("it does not listen".to_owned()));
-    }
-    let reply = read_frame(&mut stream)?.ok_or(AgentError::MachineEnded)?;
-    stream.set_read_timeout(None)?;
-    match reply {
+    let greeting = Greeting { stream: &stream, machine, since: Instant::now(), limit: HELLO_LIMIT };
+    match greeting.read()? {
         HelloReply::Accepted => Ok(stream),
         HelloReply::WrongVersion(version) => Err(AgentError::Version(version)),
         HelloReply::Refused(reason) => Err(AgentError::Refused(printable(&reason))),
+    }
+}
+
+/// What a new connection says first, as a whole within a limit: a guest that sends a byte now and
+/// then wins no more time.
+struct Greeting<'a> {
+    stream: &'a UnixStream,
+    machine: BorrowedFd<'a>,
+    since: Instant,
+    limit: Duration,
+}
+
+impl Greeting<'_> {
+    fn read(mut self) -> Result<HelloReply, AgentError> {
+        let mut line = Vec::new();
+        // A byte at a time: what follows the line must stay in the socket.
+        while line.last() != Some(&b'\n') && line.len() < 32 {
+            let mut byte = [0];
+            if Read::read(&mut self, &mut byte)? == 0 {
+                break;
+            }
+            line.extend(byte);
+        }
+        if !line.starts_with(b"OK ") {
+            return Err(AgentError::Refused("it does not listen".to_owned()));
+        }
+        read_frame(&mut self)?.ok_or(AgentError::MachineEnded)
+    }
+}
+
+impl Read for Greeting<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.limit.saturating_sub(self.since.elapsed());
+        wait_readable(self.stream.as_fd(), self.machine, left).map_err(|error| match error {
+            AgentError::Io(error) => error,
+            AgentError::MachineEnded => io::ErrorKind::ConnectionAborted.into(),
+            other => io::Error::new(io::ErrorKind::TimedOut, other.to_string()),
+        })?;
+        self.stream.read(buffer)
     }
 }
 
@@ -145,10 +177,19 @@ pub struct Control {
 impl Control {
     /// Opens it.
     pub fn open(vsock: &Path, machine: BorrowedFd<'_>) -> Result<Control, AgentError> {
-        Ok(Control { stream: open(vsock, Purpose::Control, machine)? })
+        let stream = open(vsock, Purpose::Control, machine)?;
+        stream.set_write_timeout(Some(SEND_LIMIT))?;
+        Ok(Control { stream })
     }
 
-    /// Sends a request.
+    /// Over a stream that others have greeted.
+    #[cfg(test)]
+    pub(crate) fn over(stream: UnixStream) -> Control {
+        Control { stream }
+    }
+
+    /// Sends a request. A guest that does not read for long is an error, after which no further
+    /// request can be understood.
     pub fn send(&mut self, request: &Request) -> Result<(), AgentError> {
         Ok(write_frame(&mut self.stream, request)?)
     }
@@ -250,6 +291,28 @@ mod tests {
             let result = with_agent(serve, |path, machine| Control::open(path, machine).err());
             assert!(result.is_some(), "{name}");
         }
+    }
+
+    /// HOSTILE.md 15: an agent that never finishes what it begins to say.
+    #[test]
+    fn hostile_15_a_greeting_byte_by_byte_does_not_win_time() {
+        let (stream, mut agent) = UnixStream::pair().unwrap();
+        let (machine, _held) = machine();
+        // Ends when the other end is closed, which is what the test is about.
+        let drip = thread::spawn(move || while agent.write_all(b"O").is_ok() {});
+        let limit = Duration::ZERO;
+        let since = Instant::now();
+        let greeting = Greeting { stream: &stream, machine: machine.as_fd(), since, limit };
+        assert!(greeting.read().is_err());
+        drop(stream);
+        drip.join().unwrap();
+
+        let (stream, mut agent) = UnixStream::pair().unwrap();
+        agent.write_all(b"OK 1").unwrap();
+        let limit = Duration::from_millis(50);
+        let greeting = Greeting { stream: &stream, machine: machine.as_fd(), since, limit };
+        let error = greeting.read().unwrap_err();
+        assert!(matches!(&error, AgentError::Io(error) if error.kind() == io::ErrorKind::TimedOut));
     }
 
     #[test]

@@ -85,6 +85,9 @@ pub struct Config {
     /// The user's labels.
     #[serde(default)]
     pub labels: Vec<String>,
+    /// Names of the volumes it uses.
+    #[serde(default)]
+    pub volumes: Vec<String>,
 }
 
 /// How a container ended.
@@ -243,37 +246,58 @@ fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> Option<T> {
 }
 
 /// Removes what is left of containers that nobody holds and nobody wants, and returns the rest. The
-/// caller holds the lock on all.
+/// caller holds the lock on all. What cannot be removed is no reason to run nothing any more.
 fn reap(paths: &Paths) -> Result<Vec<Listed>, ContainerError> {
     let all = paths.containers();
     let mut rest = Vec::new();
     for entry in fs::read_dir(&all).map_err(at(&all))?.flatten() {
-        let folder = entry.path();
-        if !folder.is_dir() {
-            continue;
-        }
-        let held = lock(&folder, FlockArg::LockExclusiveNonblock)?.is_none();
-        let config: Option<Config> = read(&folder.join("config.json"));
-        match config {
-            Some(config) if held || !config.remove => {
-                if !held {
-                    let _ = fs::remove_dir_all(run_folder(paths, &config.id));
-                }
-                let status = read(&folder.join("status.json"));
-                rest.push(Listed { config, running: held, status });
+        // Only what a container made is a container's.
+        if let Some(id) = entry.file_name().to_str().filter(|name| is_id(name)) {
+            match reap_one(paths, id, &entry.path()) {
+                Ok(listed) => rest.extend(listed),
+                Err(error) => tracing::warn!("cannot clear up: {error}"),
             }
-            // Whoever made it was killed before it was whole, or while it was to be removed.
-            _ if !held => {
-                if let Some(id) = folder.file_name().and_then(|name| name.to_str()) {
-                    let _ = fs::remove_dir_all(run_folder(paths, id));
-                }
-                fs::remove_dir_all(&folder).map_err(at(&folder))?;
-            }
-            _ => {}
         }
     }
     rest.sort_by_key(|listed| std::cmp::Reverse(listed.config.created));
     Ok(rest)
+}
+
+fn is_id(name: &str) -> bool {
+    name.len() == 64 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn reap_one(paths: &Paths, id: &str, folder: &Path) -> Result<Option<Listed>, ContainerError> {
+    let running = lock(folder, FlockArg::LockExclusiveNonblock)?.is_none();
+    let path = folder.join("config.json");
+    let config = match read::<Config>(&path) {
+        Some(config) => Some(config),
+        // A file that the power's end has spoiled does not make the container's data worthless.
+        None if path.exists() => Some(Config {
+            id: id.to_owned(),
+            name: short(id).to_owned(),
+            image: String::new(),
+            image_id: String::new(),
+            command: Vec::new(),
+            created: 0,
+            remove: false,
+            labels: Vec::new(),
+            volumes: Vec::new(),
+        }),
+        // Whoever made it was killed before it was whole.
+        None => None,
+    };
+    if !running {
+        let _ = fs::remove_dir_all(run_folder(paths, id));
+    }
+    match config {
+        Some(config) if running || !config.remove => {
+            let status = read(&folder.join("status.json"));
+            Ok(Some(Listed { config, running, status }))
+        }
+        None if running => Ok(None),
+        _ => fs::remove_dir_all(folder).map_err(at(folder)).map(|()| None),
+    }
 }
 
 /// All containers, the newest first.
@@ -330,6 +354,7 @@ mod tests {
             created: 0,
             remove,
             labels: Vec::new(),
+            volumes: Vec::new(),
         }
     }
 
@@ -373,6 +398,28 @@ mod tests {
         assert_eq!(list(&paths).unwrap().len(), 1);
         next.finish(0, false).unwrap();
         assert_eq!(fs::read_dir(paths.containers()).unwrap().count(), 1, "only the lock stays");
+    }
+
+    /// HOSTILE.md 26, 27: a description lost with the power, and folders of others.
+    #[test]
+    fn hostile_27_a_spoiled_container_is_kept_and_in_nobodys_way() {
+        let (_folder, paths) = paths();
+        let container = Container::create(&paths, config("spoiled", true)).unwrap();
+        let (folder, id) = (container.folder.clone(), container.config.id.clone());
+        drop(container);
+        fs::write(folder.join("config.json"), "").unwrap();
+        let foreign = paths.containers().join("lost+found");
+        fs::create_dir(&foreign).unwrap();
+        // Its lock cannot be taken, for it is a folder.
+        let broken = paths.containers().join("b".repeat(64));
+        fs::create_dir_all(broken.join("lock")).unwrap();
+        Container::create(&paths, config("next", true)).unwrap().finish(0, false).unwrap();
+        assert!(folder.exists() && foreign.exists() && broken.exists());
+        let listed = list(&paths).unwrap();
+        assert_eq!(listed.len(), 1);
+        assert!(!listed[0].running && listed[0].config.name == short(&id));
+        remove(&paths, &id).unwrap();
+        assert!(!folder.exists());
     }
 
     /// HOSTILE.md 28: two at once on one name.

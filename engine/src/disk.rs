@@ -41,8 +41,10 @@ fn at(path: &Path) -> impl Fn(io::Error) -> DiskError {
     move |error| DiskError::File { path: path.clone(), error }
 }
 
-/// Makes `target` a disk of `size` bytes with an empty file system: a copy of a template's few
-/// blocks, the template itself being made at the first use of a size.
+/// Makes `target`, which must not exist, a disk of `size` bytes with an empty file system: a copy of
+/// a template's few blocks, the template itself being made at the first use of a size.
+///
+/// The disk appears whole under its name or not at all, also when this is killed.
 pub fn make(paths: &Paths, size: u64, target: &Path) -> Result<(), DiskError> {
     if size < 16 << 20 {
         return Err(DiskError::TooSmall(size));
@@ -55,9 +57,17 @@ pub fn make(paths: &Paths, size: u64, target: &Path) -> Result<(), DiskError> {
         let file = tempfile::NamedTempFile::new_in(&folder).map_err(at(&folder))?;
         file.as_file().set_len(size).map_err(at(&template))?;
         format(file.path())?;
+        // Every later disk is a copy of it: it must not be lost with the power but for its name.
+        file.as_file().sync_all().map_err(at(&template))?;
         file.persist(&template).map_err(|error| at(&template)(error.error))?;
     }
-    copy_sparse(&template, target).map_err(at(target))
+    if target.exists() {
+        return Err(at(target)(io::ErrorKind::AlreadyExists.into()));
+    }
+    let folder = target.parent().unwrap_or(Path::new("."));
+    let copy = tempfile::NamedTempFile::new_in(folder).map_err(at(target))?;
+    copy_sparse(&template, copy.as_file()).map_err(at(target))?;
+    copy.persist_noclobber(target).map(drop).map_err(|error| at(target)(error.error))
 }
 
 fn format(path: &Path) -> Result<(), DiskError> {
@@ -86,11 +96,10 @@ fn program_path() -> String {
     format!("{path}:/usr/sbin:/sbin")
 }
 
-/// Copies a sparse file's data and leaves its holes.
-fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+/// Copies a sparse file's data, a few blocks, and leaves its holes.
+fn copy_sparse(from: &Path, target: &File) -> io::Result<()> {
     let source = File::open(from)?;
     let size = source.metadata()?.len();
-    let target = File::options().write(true).create_new(true).open(to)?;
     target.set_len(size)?;
     let seek = |offset: u64, whence| {
         // SAFETY: lseek takes and returns numbers; the descriptor is open.
@@ -135,6 +144,7 @@ mod tests {
             let check = Command::new("e2fsck").args(["-fn"]).arg(&path).output().unwrap();
             assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
         }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 4, "one, two, run, templates");
         let path = folder.path().join("small");
         assert!(matches!(make(&paths, 1 << 20, &path), Err(DiskError::TooSmall(_))));
         assert!(make(&paths, 1 << 30, &folder.path().join("one")).is_err(), "overwritten");

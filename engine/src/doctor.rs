@@ -6,9 +6,9 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
-use crate::kernel::Kernels;
+use crate::kernel::{Kernel, Kernels};
 use crate::paths::Paths;
-use crate::programs;
+use crate::{programs, run};
 
 /// What a finding means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -50,13 +50,27 @@ fn bad(
     Finding { subject, verdict, found: found.into(), fix: Some(fix.into()) }
 }
 
-/// Looks at everything, changing nothing but the state directory's existence.
+/// Looks at everything, changing nothing but the state directory's existence. Where nothing is
+/// missing, a machine without an image is started, which tells more than any look.
 pub fn examine(root: Option<&Path>) -> Vec<Finding> {
     let mut findings = vec![kvm(), vmm(), init()];
     match Paths::open(root) {
         Ok(paths) => {
             findings.push(state(&paths));
-            findings.push(kernel(&paths));
+            match Kernels::open(paths.state()).resolve(None) {
+                Ok(kernel) => {
+                    findings.push(good("guest kernel", kernel.name.clone()));
+                    if findings.iter().all(|finding| finding.verdict == Verdict::Good) {
+                        findings.push(trial(&paths, &kernel));
+                    }
+                }
+                Err(error) => findings.push(bad(
+                    "guest kernel",
+                    Verdict::Missing,
+                    error.to_string(),
+                    "vmrun kernel import /boot/vmlinuz-VERSION, or a linux-image-*.deb",
+                )),
+            }
         }
         Err(error) => {
             findings.push(bad(
@@ -117,14 +131,15 @@ fn state(paths: &Paths) -> Finding {
     }
 }
 
-fn kernel(paths: &Paths) -> Finding {
-    match Kernels::open(paths.state()).resolve(None) {
-        Ok(kernel) => good("guest kernel", kernel.name),
+fn trial(paths: &Paths, kernel: &Kernel) -> Finding {
+    const SUBJECT: &str = "trial boot";
+    match run::try_boot(paths, kernel) {
+        Ok(time) => good(SUBJECT, format!("a guest came up in {} ms", time.as_millis())),
         Err(error) => bad(
-            "guest kernel",
+            SUBJECT,
             Verdict::Missing,
             error.to_string(),
-            "vmrun kernel import /boot/vmlinuz-VERSION, or a linux-image-*.deb",
+            "try another kernel (vmrun kernel import); if none comes up, this host's KVM cannot run Linux: in a VM, enable nested virtualization",
         ),
     }
 }

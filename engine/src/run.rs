@@ -1,13 +1,14 @@
 //! From an image to a process's exit status: makes a container, starts its VMM, tells its agent what
 //! to run, and stays between the process and the terminal until the end.
 
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::{
     Message, Mount, MountSource, Network as GuestNetwork, Request, Root, Start, StartFailure,
@@ -39,9 +40,13 @@ pub const DEFAULT_MEMORY: u64 = 512 << 20;
 /// Less memory than this boots no kernel that runs images.
 pub const MIN_MEMORY: u64 = 64 << 20;
 
+/// The guest's disks are vda to vdz; the image and the writable layer are two of them.
+const MAX_VOLUMES: usize = 24;
 /// How long a guest may take to come up. Generous: emulated hosts are slow, and a guest that
 /// crashes is noticed at once.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// How long a trial may take: a host on which it takes longer is of no use.
+const TRIAL_LIMIT: Duration = Duration::from_secs(30);
 /// How long a VMM may take to end after its guest was told that all is read.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
@@ -147,6 +152,9 @@ pub enum RunError {
         /// What the guest says.
         message: String,
     },
+    /// More disks than a guest's names for them.
+    #[error("at most {MAX_VOLUMES} volumes can be mounted")]
+    TooManyVolumes,
     /// The terminal or the standard streams.
     #[error("{0}")]
     Stdio(io::Error),
@@ -194,23 +202,52 @@ pub fn run(
         created: 0,
         remove: options.remove,
         labels: options.labels.clone(),
+        volumes: options
+            .volumes
+            .iter()
+            .filter(|volume| !volume.is_path())
+            .map(|volume| volume.source.clone())
+            .collect(),
     };
     let container = Container::create(paths, config)?;
-    let result = Foreground { paths, image, root_device, kernel, options, container: &container }
-        .run(&program, &initrd);
-    match result {
-        Ok((status, out_of_memory)) => {
-            container.finish(status, out_of_memory)?;
-            Ok(status)
-        }
-        // A container that never ran is of no use to anyone.
-        Err(error) => {
-            if let Err(second) = container.discard() {
-                tracing::warn!("{second}");
-            }
-            Err(error)
-        }
+    if let Err(error) = write_cidfile(options, &container) {
+        container.discard()?;
+        return Err(error);
     }
+    let foreground = Foreground {
+        paths,
+        image,
+        root_device,
+        kernel,
+        options,
+        container: &container,
+        started: Cell::new(false),
+    };
+    let result = foreground.run(&program, &initrd);
+    let started = foreground.started.get();
+    let finished = match &result {
+        Ok((status, out_of_memory)) => container.finish(*status, *out_of_memory),
+        // What a process wrote before its machine broke down is its user's, and so are the logs.
+        Err(error) if started => container.finish(error.exit_code(), false),
+        // A container that never ran is of no use to anyone.
+        Err(_) => {
+            if let Some(path) = &options.cidfile {
+                let _ = std::fs::remove_file(path);
+            }
+            container.discard()
+        }
+    };
+    // The process's status matters more than what is left of its container.
+    if let Err(second) = finished {
+        tracing::warn!("{second}");
+    }
+    result.map(|(status, _)| status)
+}
+
+fn write_cidfile(options: &RunOptions, container: &Container) -> Result<(), RunError> {
+    let Some(path) = &options.cidfile else { return Ok(()) };
+    let mut file = File::create_new(path).map_err(at(path))?;
+    file.write_all(container.config.id.as_bytes()).map_err(at(path))
 }
 
 struct Foreground<'a> {
@@ -220,15 +257,12 @@ struct Foreground<'a> {
     kernel: &'a Kernel,
     options: &'a RunOptions,
     container: &'a Container,
+    /// Whether the process ever ran.
+    started: Cell<bool>,
 }
 
 impl Foreground<'_> {
     fn run(&self, program: &Path, initrd: &Path) -> Result<(u8, bool), RunError> {
-        if let Some(path) = &self.options.cidfile {
-            let mut file = File::create_new(path).map_err(at(path))?;
-            io::Write::write_all(&mut file, self.container.config.id.as_bytes())
-                .map_err(at(path))?;
-        }
         let volumes = self.volumes()?;
         let attachment = match self.options.network {
             NetworkMode::None => None,
@@ -239,13 +273,15 @@ impl Foreground<'_> {
         let ready = Ready::listen(&vsock)?;
         let config =
             self.machine(initrd, writable.as_deref(), &volumes, attachment.as_ref(), &vsock);
-        let mut vmm = self.start_vmm(program, config, &volumes, attachment.as_ref())?;
+        let mut vmm = start_vmm(program, &config, self.container, &volumes, attachment.as_ref())?;
         // The VMM has its own copy; ours would keep the address after its end.
         let network = attachment.as_ref().map(|attachment| self.guest_network(attachment));
         drop(attachment);
 
-        let terminal =
-            Terminal::enter(self.options.process.terminal.is_some()).map_err(RunError::Stdio)?;
+        // Without -i nothing would read the keys: they stay the terminal's, and Ctrl-C a signal.
+        let process = &self.options.process;
+        let raw = process.terminal.is_some() && process.interactive;
+        let terminal = Terminal::enter(raw).map_err(RunError::Stdio)?;
         let forwarding = Forwarding::start(
             vmm.clone_pidfd().map_err(RunError::Stdio)?,
             !self.options.no_signals,
@@ -260,7 +296,10 @@ impl Foreground<'_> {
                 let _ = vmm.wait(END_LIMIT);
                 Ok((status, out_of_memory))
             }
-            Err(error) => Err(self.explain(error, &mut vmm, &forwarding)),
+            Err(error) => Err(match forwarding.interrupted() {
+                Some(signal) => RunError::Interrupted(signal),
+                None => explain(error, &mut vmm, self.container),
+            }),
         }
     }
 
@@ -274,6 +313,9 @@ impl Foreground<'_> {
     }
 
     fn volumes(&self) -> Result<Vec<Attached>, RunError> {
+        if self.options.volumes.len() > MAX_VOLUMES {
+            return Err(RunError::TooManyVolumes);
+        }
         let volumes = self.options.volumes.iter();
         Ok(volumes
             .map(|argument| volume::attach(self.paths, argument.clone()))
@@ -299,13 +341,7 @@ impl Foreground<'_> {
             rate_limiter: None,
             socket: None,
         };
-        let boot_args = "console=hvc0 quiet reboot=t panic=-1 8250.nr_uarts=0 \
-            random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check dummy.numdummies=0";
-        let mut config = ConfigFile::new(BootSource {
-            kernel_image_path: self.kernel.image.clone(),
-            initrd_path: Some(initrd.to_owned()),
-            boot_args: Some(boot_args.to_owned()),
-        });
+        let mut config = bare_machine(self.kernel, initrd, vsock, self.container);
         config.drives.push(drive("image".to_owned(), self.root_device, true));
         config.drives.extend(writable.map(|path| drive("writable".to_owned(), path, false)));
         config.drives.extend(volumes.iter().enumerate().map(|(index, volume)| {
@@ -327,43 +363,9 @@ impl Foreground<'_> {
                 tx_rate_limiter: None,
             })
             .collect();
-        config.vsock = Some(Vsock { guest_cid: 3, uds_path: vsock.to_owned(), vsock_id: None });
-        config.entropy = Some(Entropy::default());
-        config.console =
-            Some(Console { output_path: Some(self.container.path("console.log")), serial: false });
         let level = if self.options.debug { Level::Debug } else { Level::Warning };
         config.logger = Some(Logger { level: Some(level), show_level: true, ..Default::default() });
         config
-    }
-
-    fn start_vmm(
-        &self,
-        program: &Path,
-        config: ConfigFile,
-        volumes: &[Attached],
-        attachment: Option<&Attachment>,
-    ) -> Result<Vmm, RunError> {
-        let path = self.container.path("vm.json");
-        let text = serde_json::to_vec(&config).map_err(io::Error::from).map_err(at(&path))?;
-        std::fs::write(&path, text).map_err(at(&path))?;
-        let log_path = self.container.path("vmm.log");
-        let log = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&log_path)
-            .map_err(at(&log_path))?;
-        let mut inherited = vec![self.container.lock().as_raw_fd()];
-        inherited.extend(volumes.iter().map(|volume| volume.lock.as_raw_fd()));
-        inherited.extend(attachment.map(|attachment| attachment.tap.as_raw_fd()));
-        let arguments = |command: &mut std::process::Command| {
-            command.arg("--config-file").arg(&path).arg("--no-api");
-            command.args(["--id", &self.container.config.name]);
-            if let Some(attachment) = attachment {
-                command.arg("--tap-fd").arg(format!("eth0={}", vmm::number(&attachment.tap)));
-            }
-        };
-        Vmm::start(program, arguments, &inherited, log).map_err(at(program))
     }
 
     fn guest_network(&self, attachment: &Attachment) -> GuestNetwork {
@@ -417,6 +419,7 @@ impl Foreground<'_> {
         loop {
             match control.receive()? {
                 Message::Started { process } => {
+                    self.started.set(true);
                     forwarding.started(
                         control.try_clone()?,
                         process,
@@ -427,6 +430,7 @@ impl Foreground<'_> {
                     return Err(RunError::Start { kind, message: printable(&message) });
                 }
                 Message::Exited { status, out_of_memory, .. } => {
+                    forwarding.over();
                     for output in outputs {
                         let _ = output.join();
                     }
@@ -474,40 +478,132 @@ impl Foreground<'_> {
             process,
         })
     }
+}
 
-    /// Turns a broken conversation into what a user can use: why the VMM ended, in its own words or
-    /// the guest kernel's last ones.
-    fn explain(&self, error: RunError, vmm: &mut Vmm, forwarding: &Forwarding) -> RunError {
-        if let Some(signal) = forwarding.interrupted() {
-            return RunError::Interrupted(signal);
+/// What every machine has: a kernel, a console, entropy, and the agent's vsock.
+fn bare_machine(kernel: &Kernel, initrd: &Path, vsock: &Path, container: &Container) -> ConfigFile {
+    let boot_args = "console=hvc0 quiet reboot=t panic=-1 8250.nr_uarts=0 \
+        random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check dummy.numdummies=0";
+    let mut config = ConfigFile::new(BootSource {
+        kernel_image_path: kernel.image.clone(),
+        initrd_path: Some(initrd.to_owned()),
+        boot_args: Some(boot_args.to_owned()),
+    });
+    config.vsock = Some(Vsock { guest_cid: 3, uds_path: vsock.to_owned(), vsock_id: None });
+    config.entropy = Some(Entropy::default());
+    config.console =
+        Some(Console { output_path: Some(container.path("console.log")), serial: false });
+    config
+}
+
+/// Starts the VMM of a container, which inherits the locks and the network.
+fn start_vmm(
+    program: &Path,
+    config: &ConfigFile,
+    container: &Container,
+    volumes: &[Attached],
+    attachment: Option<&Attachment>,
+) -> Result<Vmm, RunError> {
+    let path = container.path("vm.json");
+    let text = serde_json::to_vec(config).map_err(io::Error::from).map_err(at(&path))?;
+    std::fs::write(&path, text).map_err(at(&path))?;
+    let log_path = container.path("vmm.log");
+    let log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(&log_path)
+        .map_err(at(&log_path))?;
+    let mut inherited = vec![container.lock().as_raw_fd()];
+    inherited.extend(volumes.iter().map(|volume| volume.lock.as_raw_fd()));
+    inherited.extend(attachment.map(|attachment| attachment.tap.as_raw_fd()));
+    let arguments = |command: &mut std::process::Command| {
+        command.arg("--config-file").arg(&path).arg("--no-api");
+        command.args(["--id", &container.config.name]);
+        if let Some(attachment) = attachment {
+            command.arg("--tap-fd").arg(format!("eth0={}", vmm::number(&attachment.tap)));
         }
-        let broken = matches!(
-            &error,
-            RunError::Agent(AgentError::MachineEnded | AgentError::Io(_) | AgentError::Frame(_))
-        );
-        if !broken {
-            return error;
-        }
-        // A VMM whose sockets closed is about to end.
-        let Ok(status) = vmm.wait(Duration::from_secs(5)) else { return error };
-        let last = |name: &str| {
-            let bytes = std::fs::read(self.container.path(name)).unwrap_or_default();
-            let text =
-                String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(8192)..]).into_owned();
-            let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-            // Of a crash the line that says panic is worth more than the last one.
-            let lines: Vec<_> = lines.collect();
-            let panic = lines.iter().find(|line| line.contains("Kernel panic"));
-            panic.or(lines.last()).map(|line| printable(line))
-        };
-        if status.code() == Some(api_server::machine::exit_status::START_FAILED) {
-            let line = last("vmm.log").unwrap_or_default();
-            return RunError::Machine(line.trim_start_matches("vmrun-vmm: ").to_owned());
-        }
-        let reason = vmm::describe(status);
-        match last("console.log").filter(|_| status.code().is_some()) {
-            Some(line) => RunError::Ended(format!("{reason}; its console says: {line}")),
-            None => RunError::Ended(reason),
-        }
+    };
+    Vmm::start(program, arguments, &inherited, log).map_err(at(program))
+}
+
+/// Turns a broken conversation into what a user can use: why the VMM ended, in its own words or the
+/// guest kernel's last ones.
+fn explain(error: RunError, vmm: &mut Vmm, container: &Container) -> RunError {
+    let silent = matches!(&error, RunError::Agent(AgentError::Silent));
+    let broken = matches!(
+        &error,
+        RunError::Agent(AgentError::MachineEnded | AgentError::Io(_) | AgentError::Frame(_))
+    );
+    if !broken && !silent {
+        return error;
     }
+    if silent {
+        vmm.kill();
+    }
+    // A VMM whose sockets closed is about to end.
+    let Ok(status) = vmm.wait(Duration::from_secs(5)) else { return error };
+    let last = |name: &str| {
+        let bytes = tail(&container.path(name)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        // Of a crash the line that says panic is worth more than the last one.
+        let lines: Vec<_> = lines.collect();
+        let panic = lines.iter().find(|line| line.contains("Kernel panic"));
+        panic.or(lines.last()).map(|line| printable(line))
+    };
+    if status.code() == Some(api_server::machine::exit_status::START_FAILED) {
+        let line = last("vmm.log").unwrap_or_default();
+        return RunError::Machine(line.trim_start_matches("vmrun-vmm: ").to_owned());
+    }
+    let reason = if silent { error.to_string() } else { vmm::describe(status) };
+    match last("console.log").filter(|_| silent || status.code().is_some()) {
+        Some(line) => RunError::Ended(format!("{reason}; its console says: {line}")),
+        None => RunError::Ended(reason),
+    }
+}
+
+/// The end of a file that a guest may have filled.
+fn tail(path: &Path) -> io::Result<Vec<u8>> {
+    const LENGTH: u64 = 8192;
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(LENGTH)))?;
+    let mut bytes = Vec::new();
+    file.take(LENGTH).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Starts a machine without an image and waits until its agent is up: whether machines run here.
+pub fn try_boot(paths: &Paths, kernel: &Kernel) -> Result<Duration, RunError> {
+    let program = programs::vmm()?;
+    let initrd = kernel.initrd(&programs::init()?)?;
+    let config = Config {
+        id: String::new(),
+        name: String::new(),
+        image: String::new(),
+        image_id: String::new(),
+        command: Vec::new(),
+        created: 0,
+        remove: true,
+        labels: Vec::new(),
+        volumes: Vec::new(),
+    };
+    let container = Container::create(paths, config)?;
+    let attempt = || {
+        let vsock = container.run().join("v");
+        let ready = Ready::listen(&vsock)?;
+        let mut config = bare_machine(kernel, &initrd, &vsock, &container);
+        config.machine_config =
+            Some(MachineConfig { vcpu_count: 1, mem_size_mib: 128, ..Default::default() });
+        let since = Instant::now();
+        let mut vmm = start_vmm(&program, &config, &container, &[], None)?;
+        match ready.wait(vmm.pidfd(), TRIAL_LIMIT) {
+            Ok(()) => Ok(since.elapsed()),
+            Err(error) => Err(explain(error.into(), &mut vmm, &container)),
+        }
+    };
+    let result = attempt();
+    container.discard()?;
+    result
 }

@@ -88,7 +88,11 @@ pub fn process(
     if options.terminal.is_some() {
         env.push("TERM=xterm".to_owned());
     }
-    for entry in of_image(Config::env).iter().chain(&options.env) {
+    // A name alone would be filled with the caller's own value: an image must not ask for it.
+    for entry in of_image(Config::env).iter().filter(|entry| entry.contains('=')) {
+        set(&mut env, entry);
+    }
+    for entry in &options.env {
         set(&mut env, entry);
     }
     let mut streams = Vec::new();
@@ -175,8 +179,8 @@ pub fn parse_size(flag: &'static str, text: &str) -> Result<u64, SpecError> {
 /// `PATH[:OPTION,...]` of `--tmpfs`.
 pub fn parse_tmpfs(text: &str) -> Result<Mount, SpecError> {
     let (target, options) = text.split_once(':').unwrap_or((text, ""));
-    if !target.starts_with('/') {
-        return Err(wrong("--tmpfs", text, "the path must be absolute"));
+    if !target.starts_with('/') || target.trim_matches('/').is_empty() {
+        return Err(wrong("--tmpfs", text, "the path must be absolute and not /"));
     }
     let (mut size, mut mode, mut no_exec, mut read_only) = (0, 0o1777, true, false);
     for option in options.split(',').filter(|option| !option.is_empty()) {
@@ -268,7 +272,7 @@ pub fn parse_volume(text: &str) -> Result<VolumeArgument, SpecError> {
         [source, target, options] => (*source, *target, *options),
         _ => return Err(bad("it is NAME:/path[:ro] or DISK.img:/path[:ro]")),
     };
-    if !target.starts_with('/') || target == "/" {
+    if !target.starts_with('/') || target.trim_matches('/').is_empty() {
         return Err(bad("the path in the container must be absolute and not /"));
     }
     let read_only = match options {
@@ -349,6 +353,23 @@ mod tests {
         assert!(process(Some(&image()), &relative, "h").is_err());
     }
 
+    /// An image names a variable and gives no value: the caller's secrets are not for it.
+    #[test]
+    fn hostile_20_an_image_does_not_get_the_callers_variables() {
+        let name = std::env::vars().map(|(name, _)| name).find(|name| name != "PATH").unwrap();
+        let image = ConfigBuilder::default()
+            .cmd(["x".to_owned()])
+            .env([name.clone(), "B=image".to_owned()])
+            .build()
+            .unwrap();
+        let made = process(Some(&image), &ProcessOptions::default(), "h").unwrap();
+        assert_eq!(made.env, [PATH, "HOSTNAME=h", "B=image"]);
+        let asked = ProcessOptions { env: vec![name.clone()], ..Default::default() };
+        let made = process(Some(&image), &asked, "h").unwrap();
+        let value = std::env::var(&name).unwrap();
+        assert!(made.env.contains(&format!("{name}={value}")), "{:?}", made.env);
+    }
+
     #[test]
     fn sizes_are_read_as_docker_reads_them() {
         let size = |text| parse_size("--memory", text).ok();
@@ -365,7 +386,7 @@ mod tests {
     fn mounts_limits_and_names_are_checked() {
         let tmpfs = parse_tmpfs("/run:size=64k,mode=700,exec").unwrap();
         assert_eq!(tmpfs.source, MountSource::Tmpfs { size: 65536, mode: 0o700, no_exec: false });
-        for bad in ["run", "/run:size=", "/run:mode=9", "/run:uid=5"] {
+        for bad in ["run", "/", "//:size=1m", "/run:size=", "/run:mode=9", "/run:uid=5"] {
             assert!(parse_tmpfs(bad).is_err(), "{bad}");
         }
         let limit = parse_ulimit("nofile=1024:4096").unwrap();

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use agent_protocol::{Request, WindowSize};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
@@ -81,11 +82,22 @@ impl Drop for Terminal {
     }
 }
 
+/// Who signals are for.
+#[derive(Default)]
+enum Phase {
+    /// Nothing runs yet: they are for us.
+    #[default]
+    Starting,
+    /// The process.
+    Running(Control, u32),
+    /// Nobody: the process has ended, and the machine is about to.
+    Over,
+}
+
 #[derive(Default)]
 struct State {
-    /// The way to the process, once it runs.
-    process: Option<(Control, u32)>,
-    /// A signal that came before it did.
+    phase: Phase,
+    /// A signal that ended the machine in place of the process.
     interrupted: Option<u8>,
 }
 
@@ -114,9 +126,7 @@ impl Forwarding {
 
     /// The process runs: signals are its own from now on.
     pub fn started(&self, control: Control, process: u32, terminal: Option<WindowSize>) {
-        let mut state = lock(&self.state);
-        state.process = Some((control, process));
-        drop(state);
+        lock(&self.state).phase = Phase::Running(control, process);
         // The size may have changed since the machine was described.
         if let Some(size) = window_size()
             && terminal.is_some_and(|before| before != size)
@@ -125,7 +135,12 @@ impl Forwarding {
         }
     }
 
-    /// The signal that ended the machine before its process ran.
+    /// The process has ended, and its status is known: no signal changes that any more.
+    pub fn over(&self) {
+        lock(&self.state).phase = Phase::Over;
+    }
+
+    /// The signal that ended the machine in place of its process.
     pub fn interrupted(&self) -> Option<u8> {
         lock(&self.state).interrupted
     }
@@ -133,7 +148,7 @@ impl Forwarding {
     /// Carries standard input to the process until its end. The thread may outlive the process: a
     /// terminal's input has no end.
     pub fn input(&self, mut to: UnixStream) -> io::Result<()> {
-        let mut from = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+        let mut from = Patient(File::from(io::stdin().as_fd().try_clone_to_owned()?));
         let copy = move || {
             copy(&mut from, &mut to);
             let _ = to.shutdown(Shutdown::Write);
@@ -148,7 +163,7 @@ impl Forwarding {
         } else {
             io::stderr().as_fd().try_clone_to_owned()?
         };
-        let mut to = File::from(to);
+        let mut to = Patient(File::from(to));
         thread::Builder::new().stack_size(256 << 10).spawn(move || {
             copy(&mut from, &mut to);
             // Nobody reads any more: the guest need not send.
@@ -165,12 +180,16 @@ fn forward(state: &Mutex<State>, signal: Signal, machine: BorrowedFd<'_>, signal
         return;
     }
     let mut state = lock(state);
-    match &mut state.process {
-        Some((control, process)) if signals => {
+    match &mut state.phase {
+        Phase::Over => {}
+        Phase::Running(control, process) if signals => {
             let request =
                 Request::Signal { process: *process, signal: signal as i32, group: false };
             if let Err(error) = control.send(&request) {
-                tracing::debug!(%error, "signal not forwarded");
+                // A guest that takes no signals must not be one that cannot be ended.
+                tracing::warn!("signal not forwarded, the machine is ended: {error}");
+                state.interrupted = Some(signal as i32 as u8);
+                vmm::kill(machine);
             }
         }
         // Without forwarding a signal ends us, and with us the machine.
@@ -183,11 +202,48 @@ fn forward(state: &Mutex<State>, signal: Signal, machine: BorrowedFd<'_>, signal
 }
 
 fn resize(state: &Mutex<State>, size: WindowSize) {
-    if let Some((control, process)) = &mut lock(state).process {
+    if let Phase::Running(control, process) = &mut lock(state).phase {
         let request = Request::Resize { process: *process, size };
         if let Err(error) = control.send(&request) {
             tracing::debug!(%error, "size not forwarded");
         }
+    }
+}
+
+/// A file that waits, also where whoever gave it to us has made it non-blocking: that is a property
+/// of what the descriptor refers to, and not ours to change.
+struct Patient(File);
+
+impl Patient {
+    fn until<T>(&self, ready: PollFlags, mut work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        loop {
+            match work() {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let mut descriptors = [PollFd::new(self.0.as_fd(), ready)];
+                    match poll(&mut descriptors, PollTimeout::NONE) {
+                        Ok(_) | Err(nix::Error::EINTR) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                other => return other,
+            }
+        }
+    }
+}
+
+impl Read for Patient {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.until(PollFlags::POLLIN, || (&self.0).read(buffer))
+    }
+}
+
+impl Write for Patient {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.until(PollFlags::POLLOUT, || (&self.0).write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -204,5 +260,58 @@ fn copy(from: &mut impl Read, to: &mut impl Write) {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(_) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn patient(end: UnixStream) -> Patient {
+        end.set_nonblocking(true).unwrap();
+        Patient(File::from(OwnedFd::from(end)))
+    }
+
+    /// Programs like node leave their standard streams non-blocking for whoever shares them.
+    #[test]
+    fn nothing_is_lost_over_non_blocking_streams() {
+        let (mut source, stdin) = UnixStream::pair().unwrap();
+        let (stdout, mut sink) = UnixStream::pair().unwrap();
+        let (mut stdin, mut stdout) = (patient(stdin), patient(stdout));
+        let carrier = thread::spawn(move || copy(&mut stdin, &mut stdout));
+        let sent: Vec<u8> = (0..3_000_000u32).map(|number| (number % 251) as u8).collect();
+        let bytes = sent.clone();
+        let writer = thread::spawn(move || {
+            for part in bytes.chunks(700_001) {
+                source.write_all(part).unwrap();
+            }
+        });
+        let mut received = Vec::new();
+        sink.read_to_end(&mut received).unwrap();
+        assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
+        writer.join().unwrap();
+        carrier.join().unwrap();
+    }
+
+    #[test]
+    fn a_reader_that_has_gone_ends_the_copy() {
+        let (stdout, sink) = UnixStream::pair().unwrap();
+        drop(sink);
+        copy(&mut io::repeat(0), &mut patient(stdout));
+    }
+
+    /// HOSTILE.md 15: an agent that reads no requests; a signal still ends its machine.
+    #[test]
+    fn hostile_15_a_guest_that_takes_no_signals_is_ended() {
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        // A socket that takes nothing at once: its other end has gone.
+        let control = Control::over(UnixStream::pair().unwrap().0);
+        let state = Mutex::new(State { phase: Phase::Running(control, 0), interrupted: None });
+        forward(&state, Signal::SIGINT, pidfd.as_fd(), true);
+        let status = child.wait().unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
+        assert_eq!(lock(&state).interrupted, Some(2));
     }
 }

@@ -37,6 +37,8 @@ impl Vmm {
             // Not in the terminal's process group: Ctrl-C is for the guest's process.
             nix::unistd::setsid()?;
             nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+            // Signals that wait for our forwarding are none of the VMM's business.
+            nix::sys::signal::SigSet::empty().thread_set_mask()?;
             // The parent may have died before the last line.
             if nix::unistd::getppid() != parent {
                 return Err(io::ErrorKind::BrokenPipe.into());

@@ -2,11 +2,12 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::container::{self, ContainerError};
 use crate::disk::{self, DiskError};
 use crate::paths::Paths;
 use crate::spec::VolumeArgument;
@@ -28,6 +29,19 @@ pub enum VolumeError {
     /// Somebody else has it.
     #[error("volume {0} is in use by another container; only read-only use (:ro) can be shared")]
     InUse(String),
+    /// A container that may run again has it.
+    #[error(
+        "volume {name} is used by container {container}; remove that first (vmrun rm {container})"
+    )]
+    Used {
+        /// The volume.
+        name: String,
+        /// The container's name.
+        container: String,
+    },
+    /// The containers cannot be asked.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
     /// There is none.
     #[error("no such volume: {0}")]
     Unknown(String),
@@ -79,14 +93,20 @@ pub fn create(paths: &Paths, name: &str, size: u64) -> Result<(), VolumeError> {
     }
 }
 
+/// Says early that a directory cannot be shared.
+pub fn refuse_directory(argument: &VolumeArgument) -> Result<(), VolumeError> {
+    let path = PathBuf::from(&argument.source);
+    if argument.is_path() && path.is_dir() {
+        return Err(VolumeError::Directory(path));
+    }
+    Ok(())
+}
+
 /// Takes what `-v` names, making a named volume that does not exist.
 pub fn attach(paths: &Paths, argument: VolumeArgument) -> Result<Attached, VolumeError> {
     let path = if argument.is_path() {
+        refuse_directory(&argument)?;
         let path = PathBuf::from(&argument.source);
-        let metadata = fs::metadata(&path).map_err(at(&path))?;
-        if metadata.is_dir() {
-            return Err(VolumeError::Directory(path));
-        }
         fs::canonicalize(&path).map_err(at(&path))?
     } else {
         match create(paths, &argument.source, DEFAULT_SIZE) {
@@ -142,10 +162,63 @@ pub fn list(paths: &Paths) -> Result<Vec<String>, VolumeError> {
     Ok(names)
 }
 
-/// Removes a volume that nothing uses.
+/// What is known of a volume.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// The disk image.
+    pub path: PathBuf,
+    /// What it may grow to, in bytes.
+    pub size: u64,
+    /// What it takes on the host, in bytes.
+    pub used: u64,
+}
+
+/// Looks at a volume.
+pub fn inspect(paths: &Paths, name: &str) -> Result<Info, VolumeError> {
+    known(paths, name)?;
+    let path = file_of(paths, name);
+    let metadata = fs::metadata(&path).map_err(at(&path))?;
+    Ok(Info {
+        size: metadata.len(),
+        // Blocks are counted in units of 512 bytes, whatever the file system's are.
+        used: metadata.blocks() * 512,
+        path,
+    })
+}
+
+/// Removes the volumes that no container uses; their names, and the bytes that are free again.
+pub fn prune(paths: &Paths) -> Result<(Vec<String>, u64), VolumeError> {
+    let (mut removed, mut freed) = (Vec::new(), 0u64);
+    for name in list(paths)? {
+        let used = inspect(paths, &name)?.used;
+        match remove(paths, &name) {
+            Ok(()) => {
+                freed = freed.saturating_add(used);
+                removed.push(name);
+            }
+            // Another prune was faster, or somebody uses it.
+            Err(VolumeError::Used { .. } | VolumeError::InUse(_) | VolumeError::Unknown(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((removed, freed))
+}
+
+fn known(paths: &Paths, name: &str) -> Result<(), VolumeError> {
+    match list(paths)?.iter().any(|known| known == name) {
+        true => Ok(()),
+        false => Err(VolumeError::Unknown(name.to_owned())),
+    }
+}
+
+/// Removes a volume that no container uses, whether it runs or not.
 pub fn remove(paths: &Paths, name: &str) -> Result<(), VolumeError> {
-    if !list(paths)?.iter().any(|known| known == name) {
-        return Err(VolumeError::Unknown(name.to_owned()));
+    known(paths, name)?;
+    let containers = container::list(paths)?;
+    let user = containers.iter().find(|one| one.config.volumes.iter().any(|volume| volume == name));
+    if let Some(user) = user {
+        let container = user.config.name.clone();
+        return Err(VolumeError::Used { name: name.to_owned(), container });
     }
     let path = file_of(paths, name);
     let file = File::open(&path).map_err(at(&path))?;
@@ -153,4 +226,91 @@ pub fn remove(paths: &Paths, name: &str) -> Result<(), VolumeError> {
         .map_err(|_| VolumeError::InUse(name.to_owned()))?;
     let folder = paths.volumes().join(name);
     fs::remove_dir_all(&folder).map_err(at(&folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::container::{Config, Container};
+
+    fn paths() -> (tempfile::TempDir, Paths) {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::open(Some(folder.path())).unwrap();
+        (folder, paths)
+    }
+
+    fn argument(source: &str, read_only: bool) -> VolumeArgument {
+        VolumeArgument { source: source.to_owned(), target: "/data".to_owned(), read_only }
+    }
+
+    #[test]
+    fn a_volume_has_one_writer_or_many_readers() {
+        let (_folder, paths) = paths();
+        let first = attach(&paths, argument("data", false)).unwrap();
+        let second = attach(&paths, argument("data", true)).err().unwrap();
+        assert!(matches!(second, VolumeError::InUse(_)), "{second}");
+        assert!(matches!(remove(&paths, "data"), Err(VolumeError::InUse(_))));
+        drop(first);
+        let readers = [true, true].map(|read_only| attach(&paths, argument("data", read_only)));
+        assert!(readers.iter().all(Result::is_ok));
+        assert!(attach(&paths, argument("data", false)).is_err());
+    }
+
+    #[test]
+    fn a_container_that_stays_keeps_its_volume() {
+        let (_folder, paths) = paths();
+        for name in ["kept", "free"] {
+            create(&paths, name, 32 << 20).unwrap();
+        }
+        assert!(matches!(create(&paths, "kept", 32 << 20), Err(VolumeError::Exists(_))));
+        let config = Config {
+            id: String::new(),
+            name: "user".to_owned(),
+            image: String::new(),
+            image_id: String::new(),
+            command: Vec::new(),
+            created: 0,
+            remove: false,
+            labels: Vec::new(),
+            volumes: vec!["kept".to_owned()],
+        };
+        Container::create(&paths, config).unwrap().finish(0, false).unwrap();
+        assert!(matches!(remove(&paths, "kept"), Err(VolumeError::Used { .. })));
+        let info = inspect(&paths, "kept").unwrap();
+        assert!(info.size == 32 << 20 && info.used < info.size, "{info:?}");
+        assert_eq!(prune(&paths).unwrap().0, ["free"]);
+        container::remove(&paths, "user").unwrap();
+        remove(&paths, "kept").unwrap();
+        assert!(matches!(inspect(&paths, "kept"), Err(VolumeError::Unknown(_))));
+    }
+
+    /// HOSTILE.md 23, 26: what is given as a disk and is none.
+    #[test]
+    fn hostile_23_what_is_no_disk_is_refused() {
+        let (folder, paths) = paths();
+        let refused =
+            |path: &Path| attach(&paths, argument(path.to_str().unwrap(), false)).err().unwrap();
+        assert!(matches!(refused(folder.path()), VolumeError::Directory(_)));
+        let path = folder.path().join("file");
+        for content in [&[][..], &[0; 513], &[0; 4096]] {
+            fs::write(&path, content).unwrap();
+            assert!(matches!(refused(&path), VolumeError::NotExt4(_)));
+        }
+        let fifo = folder.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(matches!(refused(&fifo), VolumeError::NotExt4(_)));
+        assert!(matches!(refused(Path::new("/no/such/disk")), VolumeError::File { .. }));
+    }
+
+    /// HOSTILE.md 27: killed while a volume was made.
+    #[test]
+    fn hostile_27_a_half_made_volume_is_made_anew() {
+        let (_folder, paths) = paths();
+        let folder = paths.volumes().join("half");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join(".tmpAbCdEf"), "a part").unwrap();
+        assert!(list(&paths).unwrap().is_empty());
+        drop(attach(&paths, argument("half", false)).unwrap());
+        assert_eq!(list(&paths).unwrap(), ["half"]);
+    }
 }

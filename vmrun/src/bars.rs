@@ -1,7 +1,7 @@
 //! Progress of pulls and conversions: bars on a terminal, nothing elsewhere but a line at the begin.
 
 use std::collections::HashMap;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 
 use images::{Progress, Step};
@@ -62,7 +62,7 @@ impl Progress for Bars {
         if self.draw {
             let _ = self.all.println(text);
         } else if !self.quiet {
-            eprintln!("{text}");
+            let _ = writeln!(std::io::stderr(), "{text}");
         }
     }
 }

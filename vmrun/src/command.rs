@@ -4,11 +4,13 @@ use std::ffi::OsString;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 /// Run container images as micro-VMs, each with its own kernel.
 ///
-/// `vmrun IMAGE [COMMAND...]` is short for `vmrun run IMAGE [COMMAND...]`.
+/// `vmrun IMAGE [COMMAND...]` is short for `vmrun run IMAGE [COMMAND...]`; images, pull, rmi, tag,
+/// load and save are short for the commands of `vmrun image`.
 #[derive(Parser)]
 #[command(name = "vmrun", version, disable_help_subcommand = true)]
 pub struct Options {
@@ -25,6 +27,7 @@ pub struct Options {
 #[derive(Subcommand)]
 pub enum Command {
     /// Run a command in a new micro-VM
+    #[command(disable_help_flag = true)]
     Run(Box<RunArguments>),
     /// Manage images
     #[command(subcommand)]
@@ -102,8 +105,11 @@ pub struct RunArguments {
     #[arg(long)]
     pub name: Option<String>,
     /// Host name in the container
-    #[arg(long)]
+    #[arg(short = 'h', long)]
     pub hostname: Option<String>,
+    /// Print help
+    #[arg(long, action = clap::ArgAction::Help)]
+    pub help: Option<bool>,
     /// Keep standard input open
     #[arg(short, long)]
     pub interactive: bool,
@@ -321,6 +327,18 @@ pub enum VolumeCommand {
         #[arg(long, default_value = "table")]
         format: Format,
     },
+    /// Print all that is known of volumes, as JSON
+    Inspect {
+        /// Their names
+        #[arg(required = true, value_name = "VOLUME")]
+        volumes: Vec<String>,
+    },
+    /// Remove the volumes that no container uses
+    Prune {
+        /// Do not ask
+        #[arg(short, long)]
+        force: bool,
+    },
     /// Remove volumes
     Rm {
         /// Their names
@@ -342,39 +360,81 @@ pub struct PsArguments {
     pub format: Format,
 }
 
+/// Words that mean a command to users of Docker. Nobody who types one wants an image of that name
+/// to be pulled and run.
+const DOCKERS: [&str; 26] = [
+    "attach",
+    "build",
+    "commit",
+    "compose",
+    "container",
+    "cp",
+    "create",
+    "diff",
+    "events",
+    "exec",
+    "info",
+    "inspect",
+    "kill",
+    "login",
+    "logout",
+    "logs",
+    "network",
+    "pause",
+    "port",
+    "push",
+    "restart",
+    "search",
+    "start",
+    "stop",
+    "system",
+    "top",
+];
+
 /// Reads the command line; `run` may be left out before an image or flags of it.
 pub fn parse(mut arguments: Vec<OsString>) -> Result<Options, clap::Error> {
-    if let Some(at) = place_of_run(&arguments) {
-        arguments.insert(at, "run".into());
+    if let Some(at) = first_word(&arguments) {
+        let definition = Options::command();
+        let word = arguments.get(at).and_then(|word| word.to_str()).unwrap_or_default();
+        let ours = definition.get_subcommands().any(|command| command.get_name() == word);
+        match word {
+            _ if ours || word == "help" => {}
+            "images" => drop(arguments.splice(at..=at, ["image".into(), "ls".into()])),
+            "rmi" => drop(arguments.splice(at..=at, ["image".into(), "rm".into()])),
+            "pull" | "tag" | "load" | "save" => arguments.insert(at, "image".into()),
+            _ if DOCKERS.contains(&word) => {
+                let message = format!(
+                    "vmrun has no command {word:?} yet; if an image is meant: vmrun run {word}\n"
+                );
+                return Err(clap::Error::raw(ErrorKind::InvalidSubcommand, message));
+            }
+            // An image, or a flag of run's.
+            _ => arguments.insert(at, "run".into()),
+        }
     }
     Options::try_parse_from(arguments)
 }
 
-/// Where `run` is to be put, if the first word is no command of ours.
-fn place_of_run(arguments: &[OsString]) -> Option<usize> {
-    let definition = Options::command();
+/// The first argument that is not a flag of vmrun's own; `None` where there is none, or where help
+/// or the version is asked for.
+fn first_word(arguments: &[OsString]) -> Option<usize> {
     let mut at = 1;
     loop {
-        let word = arguments.get(at)?.to_str().unwrap_or_default();
-        match word {
+        match arguments.get(at)?.to_str().unwrap_or_default() {
             "-h" | "--help" | "-V" | "--version" => return None,
             "-D" | "--debug" => at += 1,
             "--root" => at += 2,
-            _ if word.starts_with("--root=") => at += 1,
-            // Any other flag is one of run's.
-            _ if word.starts_with('-') => return Some(at),
-            "help" => return None,
-            _ => {
-                let ours = definition.get_subcommands().any(|command| command.get_name() == word);
-                return (!ours).then_some(at);
-            }
+            word if word.starts_with("--root=") => at += 1,
+            _ => return Some(at),
         }
     }
 }
 
 /// Prints a completion script.
 pub fn completion(shell: clap_complete::Shell) {
-    clap_complete::generate(shell, &mut Options::command(), "vmrun", &mut std::io::stdout());
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Options::command(), "vmrun", &mut script);
+    crate::output::line(String::from_utf8_lossy(&script).trim_end());
 }
 
 #[cfg(test)]
@@ -414,6 +474,25 @@ mod tests {
         assert!(parse(words("vmrun")).is_err());
         assert!(matches!(parse(words("vmrun image ls")).unwrap().command, Command::Image(_)));
         assert!(parse(words("vmrun --no-such alpine")).is_err());
+        // As Docker's run has it.
+        assert_eq!(run("vmrun run -h web alpine").hostname.as_deref(), Some("web"));
+        assert!(parse(words("vmrun -h web")).is_err_and(|error| !error.use_stderr()));
+    }
+
+    #[test]
+    fn dockers_words_mean_what_they_mean_there() {
+        let image = |line: &str| match parse(words(line)).unwrap().command {
+            Command::Image(command) => command,
+            _ => panic!("{line}"),
+        };
+        assert!(matches!(image("vmrun images -q"), ImageCommand::Ls { quiet: true, .. }));
+        assert!(matches!(image("vmrun pull alpine"), ImageCommand::Pull { .. }));
+        assert!(matches!(image("vmrun -D rmi -f alpine"), ImageCommand::Rm { force: true, .. }));
+        for word in DOCKERS {
+            let error = parse(words(&format!("vmrun {word} x"))).err().unwrap();
+            assert!(error.to_string().contains(&format!("vmrun run {word}")), "{error}");
+            assert_eq!(run(&format!("vmrun run {word}")).image, word);
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod output;
 mod run;
 mod volume;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use command::{Command, Options};
@@ -48,7 +49,8 @@ fn main() -> ExitCode {
     match dispatch(options) {
         Ok(code) => ExitCode::from(code),
         Err(Failure { message, code }) => {
-            eprintln!("vmrun: {message}");
+            // Where nobody listens there is still the status.
+            let _ = writeln!(std::io::stderr(), "vmrun: {message}");
             ExitCode::from(code)
         }
     }
@@ -69,7 +71,7 @@ fn dispatch(options: Options) -> Result<u8, Failure> {
             Ok(0)
         }
         Command::Version => {
-            println!("vmrun {}", env!("CARGO_PKG_VERSION"));
+            output::line(format!("vmrun {}", env!("CARGO_PKG_VERSION")));
             Ok(0)
         }
     }

@@ -19,6 +19,8 @@ use crate::{FAILURE, Failure};
 pub fn run(paths: &Paths, arguments: RunArguments, debug: bool) -> Result<u8, Failure> {
     refuse_unsupported(&arguments)?;
     let options = options(&arguments, debug)?;
+    // What is missing is said before an image is waited for.
+    let kernel = Kernels::open(paths.state()).resolve(arguments.kernel.as_deref())?;
     // Before any thread is made, so that signals wait for the one that forwards them.
     stdio::block_signals()?;
 
@@ -34,7 +36,6 @@ pub fn run(paths: &Paths, arguments: RunArguments, debug: bool) -> Result<u8, Fa
     })?;
     let _lease = store.hold(&image)?;
     let device = store.root_device(&image, &bars)?;
-    let kernel = Kernels::open(paths.state()).resolve(arguments.kernel.as_deref())?;
     run::run(paths, &image, &device, &kernel, &options).map_err(|error| Failure {
         code: error.exit_code(),
         message: match &error {
@@ -70,6 +71,20 @@ fn refuse_unsupported(arguments: &RunArguments) -> Result<(), Failure> {
     }
     if !arguments.mount.is_empty() {
         return Err(Failure::new("--mount is not supported yet; use -v NAME:/dir or --tmpfs"));
+    }
+    if arguments.network.as_deref() == Some("none") {
+        let used = [
+            ("--dns", !arguments.dns.is_empty()),
+            ("--dns-search", !arguments.dns_search.is_empty()),
+            ("--dns-option", !arguments.dns_option.is_empty()),
+            ("--add-host", !arguments.add_host.is_empty()),
+            ("--ip", arguments.ip.is_some()),
+        ];
+        if let Some((flag, _)) = used.iter().find(|(_, used)| *used) {
+            return Err(Failure::new(format!(
+                "{flag} has no effect with --network none; leave one of them away"
+            )));
+        }
     }
     match arguments.platform.as_deref() {
         None | Some("linux/amd64" | "linux/x86_64" | "linux") => Ok(()),
@@ -130,7 +145,11 @@ fn options(arguments: &RunArguments, debug: bool) -> Result<RunOptions, Failure>
         read_only: arguments.read_only,
         disk: disk(&arguments.storage_opt)?,
         tmpfs: each(&arguments.tmpfs, spec::parse_tmpfs)?,
-        volumes: each(&arguments.volume, spec::parse_volume)?,
+        volumes: each(&arguments.volume, |text| {
+            let volume = spec::parse_volume(text)?;
+            engine::volume::refuse_directory(&volume)?;
+            Ok::<_, Failure>(volume)
+        })?,
         network: match arguments.network.as_deref() {
             None | Some("default" | "bridge") => NetworkMode::Default,
             Some("none") => NetworkMode::None,

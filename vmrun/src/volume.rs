@@ -1,5 +1,8 @@
 //! `vmrun volume`.
 
+use std::io::{self, IsTerminal};
+use std::path::PathBuf;
+
 use engine::paths::Paths;
 use engine::{spec, volume};
 use serde::Serialize;
@@ -12,6 +15,29 @@ use crate::{Failure, output};
 struct Row {
     name: String,
     driver: &'static str,
+}
+
+/// With Docker's names of the fields, and two of our own.
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Details {
+    name: String,
+    driver: &'static str,
+    /// The disk image: it is mounted in machines only.
+    mountpoint: PathBuf,
+    scope: &'static str,
+    size: u64,
+    used: u64,
+}
+
+fn agreed() -> Result<bool, Failure> {
+    if !io::stdin().is_terminal() {
+        return Err(Failure::new("prune asks before it removes; use --force where nobody answers"));
+    }
+    eprint!("This removes all volumes that no container uses. Go on? [y/N] ");
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 /// Carries out a subcommand.
@@ -36,6 +62,29 @@ pub fn volume(paths: &Paths, command: VolumeCommand) -> Result<(), Failure> {
                     output::table(["DRIVER", "VOLUME NAME"], &rows);
                 }
             }
+        }
+        VolumeCommand::Inspect { volumes } => {
+            let inspect = |name: String| {
+                let info = volume::inspect(paths, &name)?;
+                Ok::<_, Failure>(Details {
+                    name,
+                    driver: "local",
+                    mountpoint: info.path,
+                    scope: "local",
+                    size: info.size,
+                    used: info.used,
+                })
+            };
+            let all = volumes.into_iter().map(inspect).collect::<Result<Vec<_>, _>>()?;
+            output::line(serde_json::to_string_pretty(&all)?);
+        }
+        VolumeCommand::Prune { force } => {
+            if !force && !agreed()? {
+                return Ok(());
+            }
+            let (names, freed) = volume::prune(paths)?;
+            names.into_iter().for_each(output::line);
+            output::line(format!("Total reclaimed space: {}", output::size(freed)));
         }
         VolumeCommand::Rm { volumes } => {
             for name in volumes {
