@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 /// How long a command may take before the test gives up. Not a measure of anything: the lab is
 /// slow, and a hang must end.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// A state directory with the test images in it, and commands run against it.
 pub struct Session {
