@@ -26,6 +26,9 @@ pub enum VolumeError {
     /// Not an ext4 file system.
     #[error("{0} is not a disk image with an ext4 file system")]
     NotExt4(PathBuf),
+    /// Its journal has to be replayed, which takes writing.
+    #[error("volume {0} was not left clean by its last user; use it once without :ro")]
+    Unclean(String),
     /// Somebody else has it.
     #[error("volume {0} is in use by another container; only read-only use (:ro) can be shared")]
     InUse(String),
@@ -122,7 +125,6 @@ pub fn attach(paths: &Paths, argument: VolumeArgument) -> Result<Attached, Volum
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open(&path)
         .map_err(at(&path))?;
-    check_ext4(&path, &file)?;
     let how = if argument.read_only {
         FlockArg::LockSharedNonblock
     } else {
@@ -132,18 +134,30 @@ pub fn attach(paths: &Paths, argument: VolumeArgument) -> Result<Attached, Volum
         nix::Error::EWOULDBLOCK => VolumeError::InUse(argument.source.clone()),
         error => at(&path)(error.into()),
     })?;
+    // Not before it is ours: who writes to it is not done.
+    let clean = check_ext4(&path, &lock)?;
+    if argument.read_only && !clean {
+        return Err(VolumeError::Unclean(argument.source));
+    }
     Ok(Attached { path, lock, argument })
 }
 
-/// A guest is only told to mount as ext4 what says that it is.
-fn check_ext4(path: &Path, file: &File) -> Result<(), VolumeError> {
-    const MAGIC_AT: u64 = 1024 + 56;
+/// A guest is only told to mount as ext4 what says that it is. Whether it can be mounted without
+/// writing to it (Linux, Documentation/filesystems/ext4, the super block).
+fn check_ext4(path: &Path, file: &File) -> Result<bool, VolumeError> {
+    const MAGIC_AT: u64 = 1024 + 0x38;
+    const INCOMPATIBLE_AT: u64 = 1024 + 0x60;
+    const NEEDS_RECOVERY: u8 = 0x04;
     let regular = file.metadata().map_err(at(path))?.is_file();
-    let mut magic = [0; 2];
-    if !regular || file.read_exact_at(&mut magic, MAGIC_AT).is_err() || magic != [0x53, 0xef] {
+    let (mut magic, mut features) = ([0; 2], [0; 4]);
+    if !regular
+        || file.read_exact_at(&mut magic, MAGIC_AT).is_err()
+        || file.read_exact_at(&mut features, INCOMPATIBLE_AT).is_err()
+        || magic != [0x53, 0xef]
+    {
         return Err(VolumeError::NotExt4(path.to_owned()));
     }
-    Ok(())
+    Ok(features[0] & NEEDS_RECOVERY == 0)
 }
 
 /// Names of the volumes, in order.
@@ -300,6 +314,20 @@ mod tests {
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(matches!(refused(&fifo), VolumeError::NotExt4(_)));
         assert!(matches!(refused(Path::new("/no/such/disk")), VolumeError::File { .. }));
+    }
+
+    /// HOSTILE.md 27: its last machine was killed, and its journal is full.
+    #[test]
+    fn hostile_27_an_unclean_volume_is_refused_read_only() {
+        let (_folder, paths) = paths();
+        create(&paths, "data", 32 << 20).unwrap();
+        let file = OpenOptions::new().read(true).write(true).open(file_of(&paths, "data")).unwrap();
+        let mut feature = [0];
+        file.read_exact_at(&mut feature, 1024 + 0x60).unwrap();
+        file.write_all_at(&[feature[0] | 4], 1024 + 0x60).unwrap();
+        let error = attach(&paths, argument("data", true)).err().unwrap();
+        assert!(matches!(error, VolumeError::Unclean(_)), "{error}");
+        attach(&paths, argument("data", false)).unwrap();
     }
 
     /// HOSTILE.md 27: killed while a volume was made.

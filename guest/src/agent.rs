@@ -221,6 +221,7 @@ fn handle(shared: &Arc<Shared>, request: Request) {
                     shared.finish(Message::Exited { process: id, status, out_of_memory });
                 }
                 Err(error) => {
+                    mounts::release(&start.mounts);
                     let SetupError { kind, message } = error;
                     shared.finish(Message::StartFailed { kind, message });
                 }
