@@ -122,9 +122,10 @@ async fn attach_over(
     wanted: Option<Ipv4Addr>,
 ) -> Result<Attachment, NetworkError> {
     let bridge = Bridge::ensure(handle).await?;
+    // First what tells a caller without privilege so: the bridge may be there from another's run.
+    let (address, tap_name, tap) = claim(&bridge.subnet, wanted)?;
     nat::ensure(&bridge.subnet)?;
     enable_forwarding().map_err(NetworkError::Forwarding)?;
-    let (address, tap_name, tap) = claim(&bridge.subnet, wanted)?;
     bridge.attach(handle, &tap_name).await?;
     Ok(Attachment {
         tap,
