@@ -3,6 +3,9 @@
 //! Nothing here knows KVM: interrupts leave through [`virtio::Interrupt`], notifications arrive on
 //! eventfds, and guest memory is only touched through vm-memory's checked accessors.
 
+#[macro_use]
+mod complaint;
+
 pub mod bus;
 pub mod legacy;
 pub mod virtio;

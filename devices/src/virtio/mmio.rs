@@ -13,6 +13,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Activation, Interrupt, VirtioDevice};
@@ -65,11 +66,51 @@ impl Interrupt for Line {
     }
 }
 
+/// What the driver says of one queue, as it says it: whether that can be is decided when the device
+/// starts, so that no value the driver did not write ever takes the place of one that it did.
+struct QueueRegisters {
+    max_size: u16,
+    size: u32,
+    ready: bool,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+}
+
+impl QueueRegisters {
+    fn new(max_size: u16) -> QueueRegisters {
+        let size = max_size.into();
+        QueueRegisters { max_size, size, ready: false, descriptors: 0, available: 0, used: 0 }
+    }
+
+    /// The queue that these registers describe (virtio 1.2, 2.7).
+    fn queue(&self, memory: &GuestMemory, event_idx: bool) -> Result<Queue, virtio_queue::Error> {
+        use virtio_queue::Error;
+        let mut queue = Queue::new(self.max_size)?;
+        queue.try_set_size(u16::try_from(self.size).map_err(|_| Error::InvalidSize)?)?;
+        queue.try_set_desc_table_address(GuestAddress(self.descriptors))?;
+        queue.try_set_avail_ring_address(GuestAddress(self.available))?;
+        queue.try_set_used_ring_address(GuestAddress(self.used))?;
+        queue.set_event_idx(event_idx);
+        queue.set_ready(true);
+        if !queue.is_valid(memory) {
+            return Err(Error::AddressOverflow);
+        }
+        Ok(queue)
+    }
+}
+
+/// Replaces one half of a 64-bit register.
+fn set_half(register: &mut u64, high: bool, value: u32) {
+    let shift = if high { 32 } else { 0 };
+    *register = (*register & !(u64::from(u32::MAX) << shift)) | (u64::from(value) << shift);
+}
+
 /// One device's registers.
 pub struct MmioTransport {
     device: Arc<Mutex<dyn VirtioDevice>>,
     memory: GuestMemory,
-    queues: Vec<Queue>,
+    queues: Vec<QueueRegisters>,
     line: Arc<Line>,
     status: u32,
     device_features_page: u32,
@@ -93,7 +134,10 @@ impl MmioTransport {
         let queues = lock(&device)
             .queue_max_sizes()
             .iter()
-            .map(|size| Queue::new(*size).map_err(|error| io::Error::other(error.to_string())))
+            .map(|size| match Queue::new(*size) {
+                Ok(_) => Ok(QueueRegisters::new(*size)),
+                Err(error) => Err(io::Error::other(error)),
+            })
             .collect::<io::Result<_>>()?;
         let line = Line {
             event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
@@ -124,13 +168,13 @@ impl MmioTransport {
         lock(&self.device).queue_events().iter().map(EventFd::try_clone).collect()
     }
 
-    fn queue(&self) -> Option<&Queue> {
+    fn queue(&self) -> Option<&QueueRegisters> {
         self.queues.get(self.selected_queue as usize)
     }
 
     /// The selected queue, while its registers may be written: not before `FEATURES_OK`, and not
     /// once the device runs (a queue is frozen at activation).
-    fn queue_mut(&mut self) -> Option<&mut Queue> {
+    fn queue_mut(&mut self) -> Option<&mut QueueRegisters> {
         if self.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
             tracing::debug!("queue register written in device status {:#x}", self.status);
             return None;
@@ -149,8 +193,8 @@ impl MmioTransport {
                 1 => (lock(&self.device).features() >> 32) as u32,
                 _ => 0,
             },
-            VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.max_size().into()),
-            VIRTIO_MMIO_QUEUE_READY => self.queue().map_or(0, |queue| queue.ready().into()),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.max_size.into()),
+            VIRTIO_MMIO_QUEUE_READY => self.queue().map_or(0, |queue| queue.ready.into()),
             VIRTIO_MMIO_INTERRUPT_STATUS => self.line.status.load(Ordering::SeqCst),
             VIRTIO_MMIO_STATUS => self.status | self.line.broken.load(Ordering::SeqCst),
             // Shared memory regions: there are none, which a length of all ones says.
@@ -166,13 +210,9 @@ impl MmioTransport {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_page = value,
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_page = value,
             VIRTIO_MMIO_DRIVER_FEATURES if self.status & FEATURES_OK == 0 => {
-                let shift = match self.driver_features_page {
-                    0 => 0,
-                    1 => 32,
-                    _ => return,
-                };
-                let mask = u64::from(u32::MAX) << shift;
-                self.driver_features = (self.driver_features & !mask) | (u64::from(value) << shift);
+                if let page @ 0..=1 = self.driver_features_page {
+                    set_half(&mut self.driver_features, page == 1, value);
+                }
             }
             VIRTIO_MMIO_QUEUE_SEL => self.selected_queue = value,
             VIRTIO_MMIO_QUEUE_NOTIFY => self.notify(value),
@@ -183,17 +223,14 @@ impl MmioTransport {
             _ => {
                 let Some(queue) = self.queue_mut() else { return };
                 match offset {
-                    VIRTIO_MMIO_QUEUE_NUM => {
-                        // What does not fit 16 bits is refused as zero is.
-                        queue.set_size(u16::try_from(value).unwrap_or(0));
-                    }
-                    VIRTIO_MMIO_QUEUE_READY => queue.set_ready(value == 1),
-                    VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
-                    VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
-                    VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.set_avail_ring_address(Some(value), None),
-                    VIRTIO_MMIO_QUEUE_AVAIL_HIGH => queue.set_avail_ring_address(None, Some(value)),
-                    VIRTIO_MMIO_QUEUE_USED_LOW => queue.set_used_ring_address(Some(value), None),
-                    VIRTIO_MMIO_QUEUE_USED_HIGH => queue.set_used_ring_address(None, Some(value)),
+                    VIRTIO_MMIO_QUEUE_NUM => queue.size = value,
+                    VIRTIO_MMIO_QUEUE_READY => queue.ready = value == 1,
+                    VIRTIO_MMIO_QUEUE_DESC_LOW => set_half(&mut queue.descriptors, false, value),
+                    VIRTIO_MMIO_QUEUE_DESC_HIGH => set_half(&mut queue.descriptors, true, value),
+                    VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_half(&mut queue.available, false, value),
+                    VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_half(&mut queue.available, true, value),
+                    VIRTIO_MMIO_QUEUE_USED_LOW => set_half(&mut queue.used, false, value),
+                    VIRTIO_MMIO_QUEUE_USED_HIGH => set_half(&mut queue.used, true, value),
                     _ => tracing::debug!("write to unknown or read-only register {offset:#x}"),
                 }
             }
@@ -217,7 +254,8 @@ impl MmioTransport {
             tracing::debug!("driver took status bits back: {:#x} to {value:#x}", self.status);
             return;
         }
-        if added & FAILED != 0 {
+        // A driver that gave up has nothing left but a reset (virtio 1.2, 3.1.1).
+        if value & FAILED != 0 {
             self.status |= FAILED;
             return;
         }
@@ -244,7 +282,7 @@ impl MmioTransport {
             && self.driver_features & (1 << VIRTIO_F_VERSION_1) != 0;
         if !agreed {
             let asked = self.driver_features;
-            tracing::warn!("driver asks for features {asked:#x}, offered are {offered:#x}");
+            guest_warning!("driver asks for features {asked:#x}, offered are {offered:#x}");
         }
         agreed
     }
@@ -252,22 +290,23 @@ impl MmioTransport {
     fn activate(&mut self) {
         self.status |= DRIVER_OK;
         let mut queues = Vec::with_capacity(self.queues.len());
-        for queue in &self.queues {
-            if !queue.ready() {
+        let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        for registers in &self.queues {
+            if !registers.ready {
                 queues.push(None);
                 continue;
             }
-            if !queue.is_valid(&self.memory) || rings_overlap(queue) {
-                tracing::warn!("queue {} is not valid", queues.len());
-                self.line.needs_reset();
-                return;
-            }
-            let Ok(mut frozen) = Queue::try_from(queue.state()) else {
-                self.line.needs_reset();
-                return;
+            let reason = match registers.queue(&self.memory, event_idx) {
+                Ok(queue) if !rings_overlap(&queue) => {
+                    queues.push(Some(queue));
+                    continue;
+                }
+                Ok(_) => "rings overlap".to_owned(),
+                Err(error) => error.to_string(),
             };
-            frozen.set_event_idx(self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
-            queues.push(Some(frozen));
+            guest_warning!("queue {} cannot be: {reason}", queues.len());
+            self.line.needs_reset();
+            return;
         }
         let activation = Activation {
             memory: self.memory.clone(),
@@ -276,7 +315,7 @@ impl MmioTransport {
             interrupt: self.line.clone(),
         };
         if let Err(error) = lock(&self.device).activate(activation) {
-            tracing::error!("{error}");
+            guest_warning!("{error}");
             self.line.needs_reset();
         }
     }
@@ -284,7 +323,7 @@ impl MmioTransport {
     fn reset(&mut self) {
         lock(&self.device).reset();
         for queue in &mut self.queues {
-            queue.reset();
+            *queue = QueueRegisters::new(queue.max_size);
         }
         self.line.status.store(0, Ordering::SeqCst);
         self.line.broken.store(0, Ordering::SeqCst);
@@ -345,3 +384,6 @@ impl BusDevice for MmioTransport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -47,7 +47,7 @@ fn register(ops: &mut EventOps, descriptor: &impl AsRawFd, data: u32, events: Ev
 
 /// Stops a device whose driver broke the rules, until that driver resets it.
 fn broken(device: &str, queue: &mut Option<DeviceQueue>, error: &QueueError) {
-    tracing::warn!(device, %error, "device needs a reset");
+    guest_warning!(device, %error, "device needs a reset");
     if let Some(queue) = queue.take() {
         queue.needs_reset();
     }
@@ -59,7 +59,7 @@ fn broken_all<const N: usize>(
     queues: &mut Option<[DeviceQueue; N]>,
     error: &QueueError,
 ) {
-    tracing::warn!(device, %error, "device needs a reset");
+    guest_warning!(device, %error, "device needs a reset");
     if let Some([queue, ..]) = queues.take().as_ref().map(|queues| queues.as_slice()) {
         queue.needs_reset();
     }

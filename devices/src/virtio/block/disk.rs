@@ -141,6 +141,12 @@ impl Disk {
         }
     }
 
+    /// The open file, for tests to look at.
+    #[cfg(test)]
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     fn writable(&self) -> io::Result<()> {
         if self.read_only {
             return Err(io::Error::from(io::ErrorKind::ReadOnlyFilesystem));

@@ -24,6 +24,9 @@ use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
 use super::{ActivateError, Activation, VirtioDevice};
 
 const QUEUE_SIZE: u16 = 256;
+/// Most bytes moved for one event before other devices have their turn. One request is never split,
+/// so that the last one may go past this.
+const BYTES_PER_EVENT: usize = 16 << 20;
 /// Ranges in one discard or write-zeroes request, and sectors in one range, that we offer.
 const MAX_RANGES: u32 = 16;
 const MAX_RANGE_SECTORS: u32 = 1 << 21;
@@ -71,15 +74,17 @@ impl Block {
 
     fn process(&mut self) -> Result<(), QueueError> {
         let Some(queue) = self.queue.as_mut() else { return Ok(()) };
-        let mut budget = BUDGET;
+        let (mut budget, mut bytes) = (BUDGET, BYTES_PER_EVENT);
         loop {
             queue.disable_notifications()?;
-            while budget > 0 && queue.pop(&mut self.chain)? {
+            while budget > 0 && bytes > 0 && queue.pop(&mut self.chain)? {
                 budget -= 1;
+                bytes = bytes.saturating_sub(self.chain.readable.len());
+                bytes = bytes.saturating_sub(self.chain.writable.len());
                 let written = serve(&self.options, &self.disk, queue, &self.chain);
                 queue.push(&self.chain, written)?;
             }
-            if budget == 0 {
+            if budget == 0 || bytes == 0 {
                 // The rest in the next round of the event loop.
                 let _ = self.event[0].write(1);
                 break;
@@ -105,7 +110,7 @@ fn serve(options: &BlockOptions, disk: &Disk, queue: &DeviceQueue, chain: &Chain
         Ok(request) => match disk.run(&request, memory, chain, &options.id) {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(error) => {
-                tracing::warn!(drive = options.id, ?request, %error, "request failed");
+                guest_warning!(drive = options.id, ?request, %error, "request failed");
                 (VIRTIO_BLK_S_IOERR, 0)
             }
         },
@@ -120,7 +125,7 @@ fn serve(options: &BlockOptions, disk: &Disk, queue: &DeviceQueue, chain: &Chain
         // reach to the status.
         Ok(_) => written.max(status_at) + 1,
         Err(error) => {
-            tracing::warn!(drive = options.id, %error, "status not written");
+            guest_warning!(drive = options.id, %error, "status not written");
             0
         }
     }

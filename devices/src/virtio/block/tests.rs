@@ -9,7 +9,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::*;
-use crate::virtio::testing::{Driver, survives_broken_queues};
+use crate::virtio::testing::{Descriptor, Driver, INDIRECT, NEXT, WRITE, survives_broken_queues};
 
 const SECTORS: usize = 64;
 
@@ -167,5 +167,113 @@ fn hostile_23_fifos_folders_and_empty_files_are_no_disks() {
     for (size, good) in [(0, false), (511, false), (513, true)] {
         std::fs::write(&file, vec![0; size]).unwrap();
         assert_eq!(Disk::open(&file, false).is_ok(), good, "{size}");
+    }
+}
+
+/// Puts a chain into a table of its own and offers that: (address, length, for the device to write).
+fn send_indirect(driver: &mut Driver<Block>, head: u16, parts: &[(u64, u32, bool)]) {
+    let table = driver.buffer(&vec![0; 16 * parts.len()]);
+    for (index, &(address, length, write)) in (0..).zip(parts) {
+        let more = usize::from(index) + 1 < parts.len();
+        let flags = if write { WRITE } else { 0 } | if more { NEXT } else { 0 };
+        let entry = Descriptor { address, length, flags, next: index + 1 };
+        driver.put_at(table + 16 * u64::from(index), entry);
+    }
+    let length = 16 * parts.len() as u32;
+    driver.put(0, head, Descriptor { address: table, length, flags: INDIRECT, next: 0 });
+    driver.offer(0, head);
+}
+
+/// Descriptors are no boundaries of what is in them (virtio 1.2, 2.7.4.1).
+#[test]
+fn a_request_may_be_cut_anywhere() {
+    let (block, file) = drive(false);
+    let mut driver = Driver::new(block);
+    let bytes = header(VIRTIO_BLK_T_IN, 8);
+    let (first, second) = (driver.buffer(&bytes[..5]), driver.buffer(&bytes[5..]));
+    let into = driver.buffer(&[0xee; 700]);
+    let rest = driver.buffer(&[0xee; 325]);
+    let parts = [
+        (first, 5, false),
+        (second, 11, false),
+        (into, 700, true),
+        (rest, 0, true),
+        (rest, 325, true),
+    ];
+    send_indirect(&mut driver, 0, &parts);
+    // Header and data in one, and written from there.
+    let mut bytes = header(VIRTIO_BLK_T_OUT, 20);
+    bytes.extend_from_slice(&[0x55; 512]);
+    let (all, status) = (driver.buffer(&bytes), driver.buffer(&[0xee]));
+    send_indirect(&mut driver, 1, &[(all, 528, false), (status, 1, true)]);
+    driver.notify(0);
+    assert_eq!(driver.used(0), [(0, 1025), (1, 1)]);
+    let mut read = driver.read(into, 700);
+    read.extend(driver.read(rest, 325));
+    assert_eq!((&read[..512], &read[512..1024]), (&[8; 512][..], &[9; 512][..]));
+    assert_eq!((u32::from(read[1024]), u32::from(driver.read(status, 1)[0])), (0, VIRTIO_BLK_S_OK));
+    assert_eq!(&std::fs::read(file.path()).unwrap()[20 * 512..21 * 512], [0x55; 512]);
+}
+
+/// HOSTILE.md 3: one event moves so much and no more, and what is left is not forgotten.
+#[test]
+fn hostile_3_large_requests_leave_other_devices_their_turn() {
+    const PIECE: u32 = 512 << 10;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(14 * u64::from(PIECE)).unwrap();
+    let options = BlockOptions { id: "test".to_owned(), flush: false };
+    let block = Block::new(options, Disk::open(file.path(), true).unwrap()).unwrap();
+    let mut driver = Driver::new(block);
+    driver.run();
+    let head = driver.buffer(&header(VIRTIO_BLK_T_IN, 0));
+    let status = driver.buffer(&[0xee]);
+    // Every piece in the same place: guest memory need not be as large as a request.
+    let into = driver.buffer(&vec![0xee; PIECE as usize]);
+    let mut parts = vec![(head, 16, false)];
+    parts.extend([(into, PIECE, true); 14]);
+    parts.push((status, 1, true));
+    for index in 0..4 {
+        send_indirect(&mut driver, index, &parts);
+    }
+    Block::process(&mut driver.device.lock().unwrap()).unwrap();
+    // 7 MiB each: the third goes past the limit.
+    assert_eq!(driver.used(0).len(), 3);
+    driver.run();
+    assert_eq!(driver.used(0).len(), 4);
+    assert_eq!(driver.read(into, 512), [0; 512]);
+}
+
+#[test]
+fn the_configuration_space_tells_sizes_and_limits() {
+    let read = |block: &Block, offset, length| {
+        let mut data = vec![0xee; length];
+        block.read_config(offset, &mut data);
+        data.iter().rev().fold(0u64, |sum, byte| sum << 8 | u64::from(*byte))
+    };
+    let (mut block, _file) = drive(false);
+    block.write_config(0, &[0xff; 60]);
+    assert_eq!(read(&block, 0, 8), SECTORS as u64);
+    assert_eq!(read(&block, 12, 4), u64::from(QUEUE_SIZE) - 2);
+    assert_eq!(read(&block, 20, 4), 512);
+    assert_eq!((read(&block, 36, 4), read(&block, 40, 4)), (1 << 21, 16));
+    assert_eq!((read(&block, 48, 4), read(&block, 52, 4), read(&block, 56, 1)), (1 << 21, 16, 1));
+    // Across the end, behind it, and far behind it.
+    assert_eq!((read(&block, 56, 8), read(&block, 60, 4), read(&block, u64::MAX, 4)), (1, 0, 0));
+    let bit = |feature: u32| 1u64 << feature;
+    assert_ne!(block.features() & bit(VIRTIO_BLK_F_FLUSH), 0);
+    assert_ne!(block.features() & bit(VIRTIO_BLK_F_DISCARD), 0);
+    let (block, _file) = drive(true);
+    assert_ne!(block.features() & bit(VIRTIO_BLK_F_RO), 0);
+    assert_eq!(block.features() & (bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES)), 0);
+}
+
+/// A read-only drive cannot be written through its descriptor either, whatever the device does.
+#[test]
+fn hostile_10_a_read_only_disk_is_read_only_on_the_host() {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    for (read_only, mode) in [(true, OFlag::O_RDONLY), (false, OFlag::O_RDWR)] {
+        let (block, _file) = drive(read_only);
+        let flags = OFlag::from_bits_retain(fcntl(block.disk.file(), FcntlArg::F_GETFL).unwrap());
+        assert_eq!(flags & OFlag::O_ACCMODE, mode);
     }
 }
