@@ -115,11 +115,11 @@ impl Room {
             let _ = first.writable.write(queue.memory(), NUM_BUFFERS, &count);
         }
         let mut left = length;
-        for chain in self.chains.iter().take(used) {
+        queue.push_together(self.chains.iter().take(used).map(|chain| {
             let part = left.min(chain.writable.len());
             left -= part;
-            queue.push(chain, part)?;
-        }
+            (chain, part)
+        }))?;
         for chain in self.chains.drain(..used) {
             self.bytes -= chain.writable.len();
             self.pieces -= pieces(&chain.writable, queue.memory());
