@@ -8,7 +8,10 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
+mod test_driver;
+#[cfg(test)]
 mod testing;
+mod vectored;
 pub mod vsock;
 
 use std::os::fd::AsRawFd;

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
@@ -55,13 +56,6 @@ impl Buffers {
     /// Whether there is no byte in it.
     pub fn is_empty(&self) -> bool {
         self.length == 0
-    }
-
-    #[cfg(test)]
-    /// Adds a range that a test knows to exist.
-    pub fn push_for_tests(&mut self, address: u64, length: u32) {
-        self.segments.push((GuestAddress(address), length));
-        self.length += length;
     }
 
     fn clear(&mut self) {
@@ -140,7 +134,8 @@ pub struct DeviceQueue {
     index: u16,
     memory: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
-    used_since_signal: bool,
+    /// The used index when the driver was last interrupted, or need not have been.
+    signalled: u16,
 }
 
 impl DeviceQueue {
@@ -151,7 +146,8 @@ impl DeviceQueue {
         memory: GuestMemory,
         interrupt: Arc<dyn Interrupt>,
     ) -> DeviceQueue {
-        DeviceQueue { queue, index, memory, interrupt, used_since_signal: false }
+        let signalled = queue.next_used();
+        DeviceQueue { queue, index, memory, interrupt, signalled }
     }
 
     /// The memory that its buffers are in.
@@ -237,18 +233,54 @@ impl DeviceQueue {
 
     /// The same for a chain of which only the head was kept.
     pub fn push_head(&mut self, head: u16, length: usize) -> Result<(), QueueError> {
-        let length = u32::try_from(length).unwrap_or(u32::MAX);
-        self.used_since_signal = true;
-        self.queue.add_used(&self.memory, head, length).map_err(|error| self.ring_error(error))
+        self.push_heads(std::iter::once((head, length)))
+    }
+
+    /// Returns chains, each with the number of bytes written, all at once: a driver that looks at
+    /// the used ring meanwhile sees none of them or all. The buffers of one frame need this
+    /// (virtio 1.2, 5.1.6.4), and `Queue::add_used` publishes each for itself.
+    pub fn push_together<'a>(
+        &mut self,
+        chains: impl Iterator<Item = (&'a Chain, usize)>,
+    ) -> Result<(), QueueError> {
+        self.push_heads(chains.map(|(chain, length)| (chain.head, length)))
+    }
+
+    fn push_heads(&mut self, heads: impl Iterator<Item = (u16, usize)>) -> Result<(), QueueError> {
+        let failed = |error| self.ring_error(virtio_queue::Error::GuestMemory(error));
+        // Flags and index, then elements of two 32-bit numbers (virtio 1.2, 2.7.8). No sum
+        // overflows: activation has checked that the ring is inside memory.
+        let ring = self.queue.used_ring();
+        let mut used = self.queue.next_used();
+        for (head, length) in heads {
+            let slot = u64::from(used.checked_rem(self.queue.size()).unwrap_or(0));
+            let length = u32::try_from(length).unwrap_or(u32::MAX);
+            let element = u64::from(head) | u64::from(length) << 32;
+            self.memory
+                .write_obj(element.to_le(), GuestAddress(ring + 4 + 8 * slot))
+                .map_err(failed)?;
+            used = used.wrapping_add(1);
+        }
+        self.memory
+            .store(used.to_le(), GuestAddress(ring + 2), Ordering::Release)
+            .map_err(failed)?;
+        self.queue.set_next_used(used);
+        Ok(())
     }
 
     /// Interrupts the driver if something was returned and it wants to know (virtio 1.2, 2.7.7).
     pub fn signal(&mut self) -> Result<(), QueueError> {
-        if !std::mem::take(&mut self.used_since_signal) {
+        let used = self.queue.next_used();
+        let before = std::mem::replace(&mut self.signalled, used);
+        if used == before {
             return Ok(());
         }
+        // What we wrote must be there before the driver's wish is read; it does the reverse.
+        fence(Ordering::SeqCst);
         let wanted = if self.queue.event_idx_enabled() {
-            self.queue.needs_notification(&self.memory)
+            // The wish is one index: whether it is among those that are new.
+            self.used_event()
+                .map(|event| used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before))
         } else {
             self.interrupts_suppressed().map(|suppressed| !suppressed)
         };
@@ -256,6 +288,16 @@ impl DeviceQueue {
             self.interrupt.used_buffers(self.index);
         }
         Ok(())
+    }
+
+    /// `used_event`, behind the available ring.
+    fn used_event(&self) -> Result<u16, virtio_queue::Error> {
+        let address = self.queue.avail_ring() + 4 + 2 * u64::from(self.queue.size());
+        let event: u16 = self
+            .memory
+            .load(GuestAddress(address), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u16::from_le(event))
     }
 
     /// `VIRTQ_AVAIL_F_NO_INTERRUPT`, which virtio-queue leaves to us.
@@ -295,6 +337,17 @@ mod tests {
         fn needs_reset(&self) {}
     }
 
+    #[derive(Default)]
+    struct Counting(std::sync::atomic::AtomicUsize);
+
+    impl Interrupt for Counting {
+        fn used_buffers(&self, _index: u16) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+        fn config_changed(&self) {}
+        fn needs_reset(&self) {}
+    }
+
     const SIZE: u16 = 4;
     const DESCRIPTORS: u64 = 0x1000;
     const AVAILABLE: u64 = 0x2000;
@@ -326,6 +379,66 @@ mod tests {
     /// `avail_event`: the chain that the driver is asked to notify of.
     fn asked_for(memory: &GuestMemory) -> u16 {
         memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(SIZE))).unwrap()
+    }
+
+    /// The index in the used ring.
+    fn published(memory: &GuestMemory) -> u16 {
+        memory.read_obj(GuestAddress(USED + 2)).unwrap()
+    }
+
+    #[test]
+    fn what_is_returned_together_is_seen_together() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let mut queue = queue(&memory);
+        let mut chains: [Chain; 3] = Default::default();
+        // Past the end of the ring, which has four slots.
+        for round in 0..3 {
+            make_available(&memory, 3 * (round + 1));
+            for chain in &mut chains {
+                assert!(queue.pop(chain).unwrap());
+            }
+            let before = 3 * round;
+            queue
+                .push_together(chains.iter().map(|chain| {
+                    assert_eq!(published(&memory), before);
+                    (chain, 7)
+                }))
+                .unwrap();
+            assert_eq!(published(&memory), before + 3);
+            for slot in before..before + 3 {
+                let at = USED + 4 + 8 * u64::from(slot % SIZE);
+                let element: u64 = memory.read_obj(GuestAddress(at)).unwrap();
+                assert_eq!(element, u64::from(slot % SIZE) | 7 << 32);
+            }
+        }
+    }
+
+    /// HOSTILE.md 8: `used_event` anywhere in what was returned, at every index.
+    #[test]
+    fn hostile_8_the_driver_is_interrupted_exactly_where_it_asked() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let mut queue = queue(&memory);
+        let line = Arc::new(Counting::default());
+        queue.interrupt = line.clone();
+        let chain = Chain::default();
+        let mut used = 0u16;
+        for round in 0..40_000u32 {
+            let count = (round % 3) as u16 + 1;
+            // From just before what is new to just behind it.
+            let wish = used.wrapping_sub(1).wrapping_add((round / 3 % 5) as u16);
+            let at = AVAILABLE + 4 + 2 * u64::from(SIZE);
+            memory.write_obj(wish, GuestAddress(at)).unwrap();
+            for _ in 0..count {
+                queue.push(&chain, 0).unwrap();
+            }
+            queue.signal().unwrap();
+            let expected = wish.wrapping_sub(used) < count;
+            assert_eq!(line.0.swap(0, Ordering::SeqCst) == 1, expected, "at {used}, {wish}");
+            used = used.wrapping_add(count);
+            // Nothing new: nothing to say.
+            queue.signal().unwrap();
+            assert_eq!(line.0.load(Ordering::SeqCst), 0);
+        }
     }
 
     /// HOSTILE.md 8, and every driver: at every index, the wrap-around among them.

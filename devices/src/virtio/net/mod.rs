@@ -2,12 +2,19 @@
 //!
 //! Checksums and segmentation are left to the host where guest and TAP agree. A frame whose source
 //! is not the guest's own MAC address is dropped, where the guest was given one: a guest cannot
-//! speak for its neighbours.
+//! speak for its neighbours. (So a guest that bridges, or has addresses of its own beside it, is to
+//! be given none.)
+//!
+//! Frames are moved by one system call each between the TAP and the guest's buffers. Only a frame
+//! that comes while the driver offers less than the largest one needs is copied once.
 
 mod header;
+mod room;
 mod tap;
+#[cfg(test)]
+mod tests;
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -18,17 +25,21 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
-use super::{ActivateError, Activation, VirtioDevice};
-use header::{LENGTH, MAX_FRAME};
-pub use tap::Tap;
+use super::{ActivateError, Activation, VirtioDevice, vectored};
+use header::{ETHERNET, LENGTH, MAX_FRAME};
+use room::Room;
+pub use tap::{Backend, Tap};
 
 const QUEUE_SIZE: u16 = 256;
 const RX: usize = 0;
 const TX: usize = 1;
 const TAP: u32 = 2;
+/// Bytes of the largest frame with its header.
+const LARGEST: usize = LENGTH + MAX_FRAME;
 
 /// How an interface is presented.
 #[derive(Clone, Debug, Default)]
@@ -42,26 +53,39 @@ pub struct NetOptions {
 }
 
 /// A network interface.
-pub struct Net {
+pub struct Net<B = Tap> {
     options: NetOptions,
-    tap: Tap,
+    tap: B,
     /// The TAP had frames when last asked. It is watched edge-triggered.
     readable: bool,
-    /// A frame read from the TAP that waits for buffers: the first so many bytes of `incoming`.
-    held: Option<usize>,
+    /// The TAP has failed, which was logged.
+    failed: bool,
+    /// Buffers of the driver for the frames to come.
+    room: Room,
+    /// For a frame that may be larger than the buffers there are.
     incoming: Vec<u8>,
-    outgoing: Vec<u8>,
+    /// Such a frame, waiting for more: the first so many bytes of `incoming`.
+    held: Option<usize>,
     mergeable: bool,
     events: [EventFd; 2],
     queues: Option<[DeviceQueue; 2]>,
     chain: Chain,
-    chains: Vec<Chain>,
     config: [u8; 12],
 }
 
-impl Net {
+/// What asking the TAP for a frame gave.
+enum Frame {
+    /// One of so many bytes, its header among them.
+    Of(usize),
+    /// One that is no frame.
+    Bad,
+    /// None now.
+    None,
+}
+
+impl<B: Backend> Net<B> {
     /// An interface on this TAP.
-    pub fn new(options: NetOptions, tap: Tap) -> std::io::Result<Net> {
+    pub fn new(options: NetOptions, tap: B) -> io::Result<Net<B>> {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let mut config = [0; 12];
         config[..6].copy_from_slice(&options.mac.unwrap_or_default());
@@ -70,35 +94,31 @@ impl Net {
             options,
             tap,
             readable: true,
+            failed: false,
+            room: Room::default(),
+            // Memory of the host only as far as it is used.
+            incoming: vec![0; LARGEST],
             held: None,
-            incoming: vec![0; LENGTH + MAX_FRAME],
-            // One byte more than a frame may have, to see that it has too many.
-            outgoing: vec![0; LENGTH + MAX_FRAME + 1],
             mergeable: false,
             events: [event()?, event()?],
             queues: None,
             chain: Chain::default(),
-            chains: Vec::new(),
             config,
         })
     }
 
     /// Sends the guest's frames.
     fn transmit(&mut self) -> Result<(), QueueError> {
-        let Some(queues) = self.queues.as_mut() else { return Ok(()) };
-        let queue = &mut queues[TX];
+        let Some([_, queue]) = self.queues.as_mut() else { return Ok(()) };
         let mut budget = BUDGET;
         loop {
             queue.disable_notifications()?;
             while budget > 0 && queue.pop(&mut self.chain)? {
                 budget -= 1;
-                let got = self.chain.readable.read(queue.memory(), 0, &mut self.outgoing);
-                let frame = &self.outgoing[..got.unwrap_or(0)];
-                match header::fault(frame, self.options.mac) {
-                    None => send(&self.options.id, &mut self.tap, frame),
-                    Some(fault) => {
-                        tracing::debug!(interface = self.options.id, fault, "frame dropped");
-                    }
+                let sent = send(&self.tap, queue, &self.chain, self.options.mac);
+                if let Err(reason) = sent {
+                    // As on a wire: what cannot be sent is lost.
+                    tracing::debug!(interface = self.options.id, %reason, "frame dropped");
                 }
                 queue.push(&self.chain, 0)?;
             }
@@ -115,106 +135,99 @@ impl Net {
 
     /// Hands the guest what the TAP has.
     fn receive(&mut self) -> Result<(), QueueError> {
-        for _ in 0..BUDGET {
-            if self.queues.is_none() {
-                return Ok(());
+        let Some([queue, _]) = self.queues.as_mut() else { return Ok(()) };
+        let mut budget = BUDGET;
+        while budget > 0 {
+            budget -= 1;
+            self.room.fill(queue, self.mergeable, &mut budget)?;
+            if budget == 0 {
+                break;
             }
-            let Some(length) = self.held.take().or_else(|| self.read_tap()) else {
-                return self.signal_received();
+            if self.room.is_empty() {
+                // The driver tells us when it has added buffers. Frames wait in the TAP, which
+                // has room for more than we have.
+                return queue.signal();
+            }
+            let direct = self.held.is_none() && self.room.fits_any();
+            let frame = if let Some(length) = self.held.take() {
+                Frame::Of(length)
+            } else if !self.readable {
+                return queue.signal();
+            } else if direct {
+                let read = vectored::read(&self.tap, queue.memory(), self.room.parts());
+                judge(read, &mut self.readable, &mut self.failed, &self.options.id)
+            } else {
+                let read = nix::unistd::read(&self.tap, &mut self.incoming);
+                let read = read.map_err(io::Error::from);
+                judge(read, &mut self.readable, &mut self.failed, &self.options.id)
             };
-            if !self.deliver(length)? {
-                // The driver tells us when it has added buffers.
+            let length = match frame {
+                Frame::Of(length) => length,
+                Frame::Bad => continue,
+                Frame::None => return queue.signal(),
+            };
+            if direct {
+                self.room.give_back(queue, length)?;
+            } else if self.room.fits(length) {
+                self.room.write(queue.memory(), &self.incoming[..length]);
+                self.room.give_back(queue, length)?;
+            } else if self.room.is_all_there_can_be(self.mergeable) {
+                tracing::debug!(interface = self.options.id, length, "receive buffers too small");
+            } else {
                 self.held = Some(length);
-                return self.signal_received();
+                return queue.signal();
             }
         }
         let _ = self.events[RX].write(1);
-        self.signal_received()
-    }
-
-    fn signal_received(&mut self) -> Result<(), QueueError> {
-        match self.queues.as_mut() {
-            Some(queues) => queues[RX].signal(),
-            None => Ok(()),
-        }
-    }
-
-    fn read_tap(&mut self) -> Option<usize> {
-        while self.readable {
-            match self.tap.read(&mut self.incoming) {
-                Ok(length) if length > LENGTH => return Some(length),
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => {
-                    self.readable = false;
-                    if error.kind() != ErrorKind::WouldBlock {
-                        tracing::warn!(interface = self.options.id, %error, "cannot read from the TAP");
-                    }
-                }
-            }
-        }
-        None
-    }
-
-    /// Puts a frame into the guest's buffers; false where there are not enough yet.
-    fn deliver(&mut self, length: usize) -> Result<bool, QueueError> {
-        let Some(queues) = self.queues.as_mut() else { return Ok(true) };
-        let queue = &mut queues[RX];
-        let most = if self.mergeable { usize::from(QUEUE_SIZE) } else { 1 };
-        let mut room = 0;
-        let mut used = 0;
-        while room < length && used < most {
-            if self.chains.len() == used {
-                self.chains.push(Chain::default());
-            }
-            let chain = &mut self.chains[used];
-            if !queue.pop(chain)? {
-                for _ in 0..used {
-                    queue.undo_pop();
-                }
-                return Ok(false);
-            }
-            room += chain.writable.len();
-            used += 1;
-        }
-        let Some(first) = self.chains.first().filter(|_| used > 0) else { return Ok(true) };
-        // Too small for the frame, or for the header alone: the frame is lost, the buffers are not.
-        if room < length || first.writable.len() < LENGTH {
-            tracing::debug!(interface = self.options.id, length, room, "receive buffers too small");
-            for chain in &self.chains[..used] {
-                queue.push(chain, 0)?;
-            }
-            return Ok(true);
-        }
-        // num_buffers; without mergeable buffers it is 1 too (virtio 1.2, 5.1.6.4.1).
-        self.incoming[10..LENGTH].copy_from_slice(&(used as u16).to_le_bytes());
-        let mut from = 0;
-        for chain in &self.chains[..used] {
-            let part = chain.writable.len().min(length - from);
-            let bytes = &self.incoming[from..from + part];
-            let written = chain.writable.write(queue.memory(), 0, bytes).unwrap_or(0);
-            queue.push(chain, written)?;
-            from += part;
-        }
-        Ok(true)
+        queue.signal()
     }
 }
 
-fn send(interface: &str, tap: &mut Tap, frame: &[u8]) {
+/// Sends one frame: its headers from a copy that was judged, the rest from where the guest put it.
+fn send(
+    tap: &impl Backend,
+    queue: &DeviceQueue,
+    chain: &Chain,
+    mac: Option<[u8; 6]>,
+) -> io::Result<()> {
+    let buffers = &chain.readable;
+    let mut head = [0; LENGTH + ETHERNET];
+    let count = buffers.read(queue.memory(), 0, &mut head).map_err(io::Error::other)?;
+    if let Some(fault) = header::fault(&head[..count], buffers.len(), mac) {
+        return Err(io::Error::new(ErrorKind::InvalidData, fault));
+    }
     loop {
-        match tap.write(frame) {
-            Ok(_) => return,
+        let rest = head.len()..buffers.len();
+        match vectored::write(tap, &head, queue.memory(), buffers, rest) {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => {
-                // As on a wire: what cannot be sent is lost.
-                tracing::debug!(interface, %error, "frame not sent");
-                return;
-            }
+            done => return done.map(drop),
         }
     }
 }
 
-impl VirtioDevice for Net {
+/// What a read from the TAP means.
+fn judge(
+    read: io::Result<usize>,
+    readable: &mut bool,
+    failed: &mut bool,
+    interface: &str,
+) -> Frame {
+    let error = match read {
+        Ok(0) => ErrorKind::UnexpectedEof.into(),
+        Ok(length) if length > LENGTH => return Frame::Of(length),
+        Ok(_) => return Frame::Bad,
+        Err(error) if error.kind() == ErrorKind::Interrupted => return Frame::Bad,
+        Err(error) => error,
+    };
+    // Nothing more before the next edge.
+    *readable = false;
+    if error.kind() != ErrorKind::WouldBlock && !std::mem::replace(failed, true) {
+        tracing::warn!(interface, %error, "cannot read from the TAP; was it removed?");
+    }
+    Frame::None
+}
+
+impl<B: Backend> VirtioDevice for Net<B> {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_NET
     }
@@ -257,12 +270,15 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let features = activation.features;
+        let size = activation.queues.first().and_then(Option::as_ref).map_or(0, Queue::size);
         self.mergeable = features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
         self.tap.set_offloads(features).map_err(|error| ActivateError {
             device: self.options.id.clone(),
             reason: format!("offloads: {error}"),
         })?;
-        self.queues = Some(super::take_queues(&self.options.id, activation)?);
+        let queues = super::take_queues(&self.options.id, activation)?;
+        self.room = Room::new(size);
+        self.queues = Some(queues);
         self.readable = true;
         for event in &self.events {
             let _ = event.write(1);
@@ -273,17 +289,18 @@ impl VirtioDevice for Net {
     fn reset(&mut self) {
         self.queues = None;
         self.held = None;
+        self.room = Room::default();
         if let Err(error) = self.tap.set_offloads(0) {
             tracing::debug!(interface = self.options.id, %error, "offloads not reset");
         }
     }
 }
 
-impl MutEventSubscriber for Net {
+impl<B: Backend> MutEventSubscriber for Net<B> {
     fn init(&mut self, ops: &mut EventOps) {
         super::register(ops, &self.events[RX], RX as u32, EventSet::IN);
         super::register(ops, &self.events[TX], TX as u32, EventSet::IN);
-        super::register(ops, &self.tap, TAP, EventSet::IN | EventSet::EDGE_TRIGGERED);
+        super::register(ops, &self.tap.as_fd(), TAP, EventSet::IN | EventSet::EDGE_TRIGGERED);
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
@@ -300,6 +317,7 @@ impl MutEventSubscriber for Net {
         };
         if let Err(error) = result {
             super::broken_all(&self.options.id, &mut self.queues, &error);
+            self.room = Room::default();
         }
     }
 }

@@ -1,14 +1,17 @@
 //! One stream between a port of the guest and a Unix socket of the host: its state and its credit.
 //!
-//! Sockets are watched edge-triggered: `readable` and `writable` remember what the last edge said,
-//! so that nothing is asked of the kernel twice and no socket can make the loop spin.
+//! Sockets are watched edge-triggered: `readable` remembers what the last edge said, so that
+//! nothing is asked of the kernel twice and no socket can make the loop spin.
 
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use super::packet::{HEADER, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use crate::GuestMemory;
+use crate::virtio::queue::Buffers;
+use crate::virtio::vectored;
 
 /// Bytes we take from the guest for one connection before the host has read them.
 pub const BUFFER: u32 = 256 << 10;
@@ -20,19 +23,23 @@ pub enum State {
     Connecting,
     /// Data flows.
     Open,
-    /// The guest is done with it; what it sent is still being handed to the host.
-    Draining,
 }
+
+/// The guest sent what it may not: more than there is room for, or after it said it was done.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Violation;
 
 /// A connection.
 pub struct Connection {
     socket: UnixStream,
+    /// Under which number its socket is watched.
+    pub token: u32,
     /// How far it is.
     pub state: State,
-    /// The socket may have bytes for the guest, or an end of file.
-    pub readable: bool,
     /// In the queue of those that have bytes for the guest.
     pub queued: bool,
+    /// The socket may have bytes for the guest, or an end of file.
+    readable: bool,
     /// Bytes from the guest that the host has not taken.
     outgoing: VecDeque<u8>,
     /// What the guest said it has room for, and has consumed.
@@ -43,42 +50,35 @@ pub struct Connection {
     forwarded: u32,
     /// What the guest last heard of `forwarded`.
     announced: u32,
-    /// What the guest has shut down.
+    /// The guest was asked for credit since it last gave some.
+    asked: bool,
+    /// What the guest has shut down, and the host, and what the guest has heard of the latter.
     guest_shutdown: u32,
-    /// The host sends no more, and the guest was told.
-    host_ended: bool,
+    host_shutdown: u32,
+    told_shutdown: u32,
+    /// The end of what the guest sent was passed on.
     write_closed: bool,
-}
-
-/// What reading for the guest gave.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Received {
-    /// So many bytes.
-    Data(usize),
-    /// Nothing now.
-    Nothing,
-    /// The host will send no more; told once.
-    End,
-    /// The socket is broken.
-    Broken,
 }
 
 impl Connection {
     /// A connection over this non-blocking socket.
-    pub fn new(socket: UnixStream, state: State) -> Connection {
+    pub fn new(socket: UnixStream, token: u32, state: State) -> Connection {
         Connection {
             socket,
+            token,
             state,
-            readable: true,
             queued: false,
+            readable: true,
             outgoing: VecDeque::new(),
             guest_buf_alloc: 0,
             guest_fwd_cnt: 0,
             sent: 0,
             forwarded: 0,
             announced: 0,
+            asked: false,
             guest_shutdown: 0,
-            host_ended: false,
+            host_shutdown: 0,
+            told_shutdown: 0,
             write_closed: false,
         }
     }
@@ -88,11 +88,45 @@ impl Connection {
         &self.socket
     }
 
-    /// Takes the guest's word on its buffer. A count that runs backwards only ever lowers what we
-    /// send: credit is never taken to be more than the buffer.
+    /// The socket, to be closed. What the host sent and nobody will read is taken out of it first,
+    /// where the guest has ended in order: the host would get an error instead of an end of file.
+    pub fn into_socket(mut self) -> UnixStream {
+        if self.guest_is_done() {
+            let mut scrap = [0; 4096];
+            // Nothing is added, since the guest's shutdown has become the socket's.
+            while matches!(self.socket.read(&mut scrap), Ok(1..)) {}
+        }
+        self.socket
+    }
+
+    /// The socket may be read again.
+    pub fn set_readable(&mut self) {
+        self.readable = true;
+    }
+
+    /// The host's program is gone, or both ways are shut down. What it sent before can still be
+    /// read, and nothing can be written.
+    pub fn hang_up(&mut self) {
+        self.readable = true;
+        self.go_deaf();
+        if self.guest_shutdown & SHUTDOWN_RECEIVE != 0 {
+            self.host_shutdown = SHUTDOWN_BOTH;
+        }
+    }
+
+    /// The host takes no more: what it has not taken is lost, as if it had.
+    fn go_deaf(&mut self) {
+        self.forwarded = self.forwarded.wrapping_add(self.outgoing.len() as u32);
+        self.outgoing = VecDeque::new();
+        self.host_shutdown |= SHUTDOWN_RECEIVE;
+    }
+
+    /// Takes the guest's word on its buffer. A count that runs backwards, or ahead, only ever
+    /// lowers what we send: credit is never taken to be more than the buffer.
     pub fn credit(&mut self, buf_alloc: u32, fwd_cnt: u32) {
         self.guest_buf_alloc = buf_alloc;
         self.guest_fwd_cnt = fwd_cnt;
+        self.asked &= self.room() == 0;
     }
 
     /// Bytes the guest has room for.
@@ -101,81 +135,109 @@ impl Connection {
         self.guest_buf_alloc.saturating_sub(in_flight)
     }
 
-    /// Whether there may be something to send to the guest, and it may be sent.
-    pub fn wants_to_send(&self) -> bool {
+    fn has_something(&self) -> bool {
         self.state == State::Open
             && self.readable
-            && !self.host_ended
-            && (self.room() > 0 || self.guest_shutdown & SHUTDOWN_RECEIVE != 0)
+            && self.host_shutdown & SHUTDOWN_SEND == 0
+            && self.guest_shutdown & SHUTDOWN_RECEIVE == 0
     }
 
-    /// Reads bytes for the guest, no more than it has room for.
-    pub fn receive(&mut self, into: &mut [u8]) -> Received {
-        if self.guest_shutdown & SHUTDOWN_RECEIVE != 0 {
-            // Nobody listens there any more.
-            self.host_ended = true;
-            return Received::Nothing;
-        }
-        let fits = into.len().min(self.room() as usize);
-        if fits == 0 {
-            return Received::Nothing;
+    /// Whether there may be something for the guest, and it may be sent.
+    pub fn wants_to_send(&self) -> bool {
+        self.has_something() && self.room() > 0
+    }
+
+    /// Whether to ask the guest for credit; once, until it has given some.
+    pub fn wants_credit(&mut self) -> bool {
+        self.has_something() && self.room() == 0 && !std::mem::replace(&mut self.asked, true)
+    }
+
+    /// Reads at most so many bytes for the guest, into its buffers behind the header, and no more
+    /// than it has room for. None where there is nothing now, or nothing any more.
+    pub fn receive(&mut self, memory: &GuestMemory, into: &Buffers, most: usize) -> Option<usize> {
+        let fits = into.len().saturating_sub(HEADER).min(most).min(self.room() as usize);
+        if fits == 0 || !self.has_something() {
+            return None;
         }
         loop {
-            return match self.socket.read(&mut into[..fits]) {
-                Ok(0) => {
-                    self.host_ended = true;
-                    Received::End
-                }
+            let range = HEADER..HEADER + fits;
+            match vectored::read(&self.socket, memory, std::iter::once((into, range))) {
+                Ok(0) => self.host_shutdown |= SHUTDOWN_SEND,
                 Ok(count) => {
                     self.sent = self.sent.wrapping_add(count as u32);
-                    Received::Data(count)
+                    return Some(count);
                 }
-                Err(error) => match error.kind() {
-                    ErrorKind::Interrupted => continue,
-                    ErrorKind::WouldBlock => {
-                        self.readable = false;
-                        Received::Nothing
-                    }
-                    _ => Received::Broken,
-                },
-            };
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
+                // The host's program went away without reading all that was there for it.
+                Err(_) => {
+                    self.go_deaf();
+                    self.host_shutdown = SHUTDOWN_BOTH;
+                }
+            }
+            return None;
         }
     }
 
-    /// Takes bytes from the guest. An error means that the guest sent what it may not, or that the
-    /// host's end is gone.
-    pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let held = self.outgoing.len() + bytes.len();
+    /// Takes so many bytes from the guest, which are behind the header.
+    pub fn send(
+        &mut self,
+        memory: &GuestMemory,
+        from: &Buffers,
+        length: usize,
+    ) -> Result<(), Violation> {
+        let held = self.outgoing.len() + length;
         if self.guest_shutdown & SHUTDOWN_SEND != 0 || held > BUFFER as usize {
-            return Err(ErrorKind::InvalidData.into());
+            return Err(Violation);
         }
-        let mut rest = bytes;
-        if self.outgoing.is_empty() {
-            let written = write_some(&mut self.socket, bytes)?;
-            self.forwarded = self.forwarded.wrapping_add(written as u32);
-            rest = &bytes[written..];
+        let end = HEADER + length;
+        let mut at = HEADER;
+        while self.outgoing.is_empty() && at < end && self.host_shutdown & SHUTDOWN_RECEIVE == 0 {
+            match vectored::write(&self.socket, &[], memory, from, at..end) {
+                Ok(count) => at += count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(_) => self.go_deaf(),
+            }
         }
-        self.outgoing.extend(rest);
+        self.forwarded = self.forwarded.wrapping_add((at - HEADER) as u32);
+        let mut part = [0; 4096];
+        while at < end {
+            let most = part.len().min(end - at);
+            let count = from.read(memory, at, &mut part[..most]).unwrap_or(0);
+            if count == 0 {
+                return Err(Violation);
+            }
+            self.outgoing.extend(&part[..count]);
+            at += count;
+        }
+        if self.host_shutdown & SHUTDOWN_RECEIVE != 0 {
+            self.go_deaf();
+        }
         Ok(())
     }
 
     /// Hands the host what it has room for now, and the end when there is no more.
-    pub fn flush(&mut self) -> io::Result<()> {
+    pub fn flush(&mut self) {
         while !self.outgoing.is_empty() {
-            let (front, _) = self.outgoing.as_slices();
-            let written = write_some(&mut self.socket, front)?;
-            if written == 0 {
-                return Ok(());
+            let (front, back) = self.outgoing.as_slices();
+            match self.socket.write_vectored(&[IoSlice::new(front), IoSlice::new(back)]) {
+                Ok(count) => {
+                    self.outgoing.drain(..count);
+                    self.forwarded = self.forwarded.wrapping_add(count as u32);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(_) => self.go_deaf(),
             }
-            self.outgoing.drain(..written);
-            self.forwarded = self.forwarded.wrapping_add(written as u32);
         }
+        // A connection that once had a slow reader does not keep the memory.
+        self.outgoing = VecDeque::new();
         if self.guest_shutdown & SHUTDOWN_SEND != 0 && !self.write_closed {
             self.write_closed = true;
             // The host may have gone first.
             let _ = self.socket.shutdown(Shutdown::Write);
         }
-        Ok(())
     }
 
     /// Whether all that the guest sent is with the host.
@@ -183,15 +245,28 @@ impl Connection {
         self.outgoing.is_empty()
     }
 
-    /// The guest closes one or both ways; true when both are closed.
-    pub fn guest_shuts_down(&mut self, flags: u32) -> bool {
-        self.guest_shutdown |= flags & (SHUTDOWN_RECEIVE | SHUTDOWN_SEND);
-        self.guest_shutdown == SHUTDOWN_RECEIVE | SHUTDOWN_SEND
+    /// The guest closes one or both ways.
+    pub fn guest_shuts_down(&mut self, flags: u32) {
+        let before = self.guest_shutdown;
+        self.guest_shutdown |= flags & SHUTDOWN_BOTH;
+        if self.guest_shutdown & !before & SHUTDOWN_RECEIVE != 0 {
+            // A program that goes on sending hears of it.
+            let _ = self.socket.shutdown(Shutdown::Read);
+        }
+        self.flush();
     }
 
     /// Whether the guest has closed both ways.
     pub fn guest_is_done(&self) -> bool {
-        self.guest_shutdown == SHUTDOWN_RECEIVE | SHUTDOWN_SEND
+        self.guest_shutdown == SHUTDOWN_BOTH
+    }
+
+    /// What the host has shut down, if the guest has not heard of all of it; it is then taken to
+    /// have.
+    pub fn take_shutdown(&mut self) -> Option<u32> {
+        let news = self.host_shutdown & !self.told_shutdown != 0;
+        self.told_shutdown = self.host_shutdown;
+        (self.state == State::Open && news).then_some(self.host_shutdown)
     }
 
     /// Whether the guest may be waiting to hear that its bytes were consumed.
@@ -207,25 +282,7 @@ impl Connection {
 
     /// Tells the host that its connection is open, as Firecracker does.
     pub fn confirm(&mut self, host_port: u32) -> io::Result<()> {
-        let line = format!("OK {host_port}\n");
         // An empty socket buffer has room for a line.
-        match write_some(&mut self.socket, line.as_bytes())? {
-            written if written == line.len() => Ok(()),
-            _ => Err(ErrorKind::WriteZero.into()),
-        }
+        self.socket.write_all(format!("OK {host_port}\n").as_bytes())
     }
-}
-
-/// Writes what there is room for; no room is zero bytes.
-fn write_some(socket: &mut UnixStream, bytes: &[u8]) -> io::Result<usize> {
-    let mut done = 0;
-    while done < bytes.len() {
-        match socket.write(&bytes[done..]) {
-            Ok(count) => done += count,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(done)
 }

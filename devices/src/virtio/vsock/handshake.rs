@@ -43,8 +43,8 @@ impl Handshake {
         self.socket
     }
 
-    /// Looks at what has arrived.
-    pub fn advance(&mut self) -> Progress {
+    /// Looks at what has arrived; nothing more will where the program has `ended` its side.
+    pub fn advance(&mut self, ended: bool) -> Progress {
         let mut line = [0; MAX_LINE];
         let descriptor = self.socket.as_raw_fd();
         // Only looked at: what follows the line are the stream's first bytes.
@@ -55,7 +55,7 @@ impl Handshake {
             Err(_) => return Progress::Failed,
         };
         let Some(end) = seen.iter().position(|byte| *byte == b'\n') else {
-            return if seen.len() == MAX_LINE { Progress::Failed } else { Progress::More };
+            return if ended || seen.len() == MAX_LINE { Progress::Failed } else { Progress::More };
         };
         let Some(port) = parse(&seen[..end]) else { return Progress::Failed };
         let length = end + 1;
@@ -97,9 +97,9 @@ mod tests {
     fn what_follows_the_line_stays_in_the_socket() {
         let (mut host, mut handshake) = pair();
         host.write_all(b"CONN").unwrap();
-        assert!(matches!(handshake.advance(), Progress::More));
+        assert!(matches!(handshake.advance(false), Progress::More));
         host.write_all(b"ECT 1024\nfirst bytes").unwrap();
-        assert!(matches!(handshake.advance(), Progress::Connect(1024)));
+        assert!(matches!(handshake.advance(false), Progress::Connect(1024)));
         let mut rest = [0; 11];
         handshake.into_socket().read_exact(&mut rest).unwrap();
         assert_eq!(&rest, b"first bytes");
@@ -122,10 +122,14 @@ mod tests {
         ] {
             let (mut host, mut handshake) = pair();
             host.write_all(line.as_bytes()).unwrap();
-            assert!(matches!(handshake.advance(), Progress::Failed), "{line:?}");
+            assert!(matches!(handshake.advance(false), Progress::Failed), "{line:?}");
         }
         let (host, mut handshake) = pair();
         drop(host);
-        assert!(matches!(handshake.advance(), Progress::Failed));
+        assert!(matches!(handshake.advance(false), Progress::Failed));
+        let (mut host, mut handshake) = pair();
+        host.write_all(b"CONNE").unwrap();
+        drop(host);
+        assert!(matches!(handshake.advance(true), Progress::Failed));
     }
 }

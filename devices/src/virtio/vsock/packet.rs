@@ -1,7 +1,7 @@
-//! Headers of vsock packets (virtio 1.2, 5.10.6). Parsing touches nothing but the chain.
+//! Headers of vsock packets (virtio 1.2, 5.10.6), however the driver lays them out.
 
 use crate::GuestMemory;
-use crate::virtio::queue::{Buffers, Chain};
+use crate::virtio::queue::Buffers;
 
 /// Bytes of a header.
 pub const HEADER: usize = 44;
@@ -13,6 +13,8 @@ pub const STREAM: u16 = 1;
 pub const SHUTDOWN_RECEIVE: u32 = 1;
 /// Of a shutdown: the sender will send no more.
 pub const SHUTDOWN_SEND: u32 = 2;
+/// Both.
+pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
 /// What a packet is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,11 +49,6 @@ impl Op {
             7 => Op::CreditRequest,
             other => Op::Unknown(other),
         }
-    }
-
-    #[cfg(test)]
-    pub fn from_number_for_tests(number: u16) -> Op {
-        Op::from_number(number)
     }
 
     fn number(self) -> u16 {
@@ -94,17 +91,17 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads the header of a packet from the guest; `None` where the chain is shorter than the
-    /// header and the data it announces.
-    pub fn parse(memory: &GuestMemory, chain: &Chain) -> Option<Header> {
+    /// Reads the header of a packet from the guest; `None` where the buffers are shorter than one.
+    /// Whether the data it announces is there is not looked at.
+    pub fn read(memory: &GuestMemory, from: &Buffers) -> Option<Header> {
         let mut bytes = [0; HEADER];
-        if chain.readable.read(memory, 0, &mut bytes).ok()? != HEADER {
+        if from.read(memory, 0, &mut bytes).ok()? != HEADER {
             return None;
         }
         let word = |at: usize, size: usize| {
             bytes[at..at + size].iter().rev().fold(0u64, |sum, byte| sum << 8 | u64::from(*byte))
         };
-        let header = Header {
+        Some(Header {
             source_cid: word(0, 8),
             destination_cid: word(8, 8),
             source_port: word(16, 4) as u32,
@@ -115,9 +112,23 @@ impl Header {
             flags: word(32, 4) as u32,
             buf_alloc: word(36, 4) as u32,
             fwd_cnt: word(40, 4) as u32,
-        };
-        let data = chain.readable.len() - HEADER;
-        (header.length as usize <= data).then_some(header)
+        })
+    }
+
+    /// The header of an answer that says no.
+    pub fn refusal(&self) -> Header {
+        Header {
+            source_cid: self.destination_cid,
+            destination_cid: self.source_cid,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+            length: 0,
+            kind: self.kind,
+            op: Op::Reset,
+            flags: 0,
+            buf_alloc: 0,
+            fwd_cnt: 0,
+        }
     }
 
     /// Writes the header of a packet to the guest; false where there is no room.

@@ -1,0 +1,319 @@
+//! A driver on one side, a socket that keeps frames apart on the other. Tests that need a real TAP
+//! are in `tap`.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, send, setsockopt, socketpair, sockopt,
+};
+
+use super::*;
+use crate::virtio::test_driver::{BUFFERS, Driver, readable, writable};
+
+const MAC: [u8; 6] = [2, 0x76, 172, 20, 0, 2];
+const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+
+/// One end of a pair that keeps frames apart.
+struct Wire(OwnedFd);
+
+impl AsFd for Wire {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Backend for Wire {
+    fn set_offloads(&self, _features: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The host's end of a wire, and the device's.
+fn wire() -> (OwnedFd, OwnedFd) {
+    let ends = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+    )
+    .unwrap();
+    for end in [&ends.0, &ends.1] {
+        setsockopt(end, sockopt::SndBuf, &(4 << 20)).unwrap();
+    }
+    ends
+}
+
+/// A driver with these features and queues of this size, and the host's end of the wire.
+fn start(features: u64, size: u16) -> (Driver<Net<Wire>>, OwnedFd) {
+    let (host, ours) = wire();
+    let options = NetOptions { id: "eth0".into(), mac: Some(MAC), mtu: Some(1500) };
+    let mut driver = Driver::new(Net::new(options, Wire(ours)).unwrap());
+    driver.activate(features, size);
+    (driver, host)
+}
+
+/// A frame from the guest, the header before it; the bytes after the addresses are a pattern.
+fn frame(length: usize) -> Vec<u8> {
+    let mut frame = vec![0; LENGTH];
+    frame.extend_from_slice(&[0xff; 6]);
+    frame.extend_from_slice(&MAC);
+    frame.extend((frame.len()..LENGTH + length).map(|at| (at % 251) as u8));
+    frame
+}
+
+fn arrived(host: &OwnedFd) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; 2 * LARGEST];
+    let count = nix::unistd::read(host, &mut bytes).ok()?;
+    bytes.truncate(count);
+    Some(bytes)
+}
+
+fn arrive(host: &OwnedFd, frame: &[u8]) {
+    let sent = send(std::os::fd::AsRawFd::as_raw_fd(host), frame, MsgFlags::MSG_DONTWAIT);
+    assert_eq!(sent.unwrap(), frame.len());
+}
+
+/// Adds receive buffers of these lengths, one behind the other.
+fn offer(driver: &mut Driver<Net<Wire>>, lengths: &[u32]) {
+    let mut at = BUFFERS;
+    for length in lengths {
+        driver.send(RX, &[writable(at, *length)]);
+        at += u64::from(*length);
+    }
+}
+
+#[test]
+fn frames_go_out_whole_however_they_are_cut_up() {
+    for features in [0, EVENT_IDX] {
+        let (mut driver, host) = start(features, 64);
+        for cuts in [&[72][..], &[12, 60], &[1, 30, 0, 41], &[5, 1, 1, 1, 1, 1, 1, 1, 1, 59]] {
+            let sent = frame(60);
+            driver.write(BUFFERS, &sent);
+            let mut at = BUFFERS;
+            let mut parts = Vec::new();
+            for length in cuts {
+                parts.push(readable(at, *length));
+                at += u64::from(*length);
+            }
+            let head = driver.send(TX, &parts);
+            assert_eq!(arrived(&host).as_ref(), Some(&sent));
+            assert_eq!(driver.used(TX), [(head, 0)]);
+            assert_eq!(driver.interrupts(), 1);
+        }
+    }
+}
+
+#[test]
+fn the_largest_frame_goes_both_ways() {
+    let (mut driver, host) = start(MERGEABLE | EVENT_IDX, 64);
+    let large = frame(MAX_FRAME);
+    driver.write(BUFFERS, &large);
+    driver.send(TX, &[readable(BUFFERS, large.len() as u32)]);
+    assert_eq!(arrived(&host).as_ref(), Some(&large));
+    assert_eq!(driver.interrupts(), 1);
+
+    // In place, and with too little room for any frame but enough for this one.
+    for buffers in [vec![1500; 60], vec![large.len() as u32 - 100, 90, 20]] {
+        driver.device().reset();
+        driver.activate(MERGEABLE | EVENT_IDX, 64);
+        driver.write(BUFFERS, &vec![0xee; 100_000]);
+        offer(&mut driver, &buffers);
+        arrive(&host, &large);
+        driver.run();
+        let used = driver.used(RX);
+        let lengths: Vec<_> = used.iter().map(|(_, length)| *length as usize).collect();
+        assert_eq!(lengths.iter().sum::<usize>(), large.len());
+        let full = lengths.iter().zip(&buffers).rev().skip(1).all(|(a, b)| *a == *b as usize);
+        assert!(full, "{lengths:?}");
+        let mut expected = large.clone();
+        expected[10..12].copy_from_slice(&(used.len() as u16).to_le_bytes());
+        assert!(driver.read(BUFFERS, large.len()) == expected);
+        assert_eq!(driver.read(BUFFERS + large.len() as u64, 1), [0xee]);
+        assert_eq!(driver.interrupts(), 1);
+    }
+}
+
+#[test]
+fn small_frames_take_one_buffer_each_in_order() {
+    for features in [0, EVENT_IDX, MERGEABLE, MERGEABLE | EVENT_IDX] {
+        let (mut driver, host) = start(features, 64);
+        offer(&mut driver, &[2000; 50]);
+        for round in 0..20u8 {
+            arrive(&host, &[round; 100]);
+        }
+        driver.run();
+        let used = driver.used(RX);
+        assert_eq!(used, (0..20).map(|head| (head, 100)).collect::<Vec<_>>());
+        for round in 0..20u8 {
+            let got = driver.read(BUFFERS + 2000 * u64::from(round), 100);
+            assert_eq!(got[10..12], [1, 0]);
+            assert_eq!(got[12..], [round; 88]);
+        }
+    }
+}
+
+/// The driver that ran out of buffers is heard when it adds some, with no frame coming after.
+#[test]
+fn a_frame_waits_for_buffers() {
+    for features in [0, EVENT_IDX, MERGEABLE, MERGEABLE | EVENT_IDX] {
+        let (mut driver, host) = start(features, 8);
+        for round in 0..100u8 {
+            arrive(&host, &[round; 1000]);
+            driver.run();
+            assert_eq!(driver.used(RX), []);
+            driver.send(RX, &[writable(BUFFERS, 1000)]);
+            assert_eq!(driver.used(RX).len(), 1);
+            assert_eq!(driver.read(BUFFERS + 12, 1), [round]);
+        }
+        // One that needs two comes when the second is there.
+        if features & MERGEABLE != 0 {
+            arrive(&host, &[7; 1500]);
+            driver.send(RX, &[writable(BUFFERS, 1000)]);
+            assert_eq!(driver.used(RX), []);
+            driver.send(RX, &[writable(BUFFERS + 1000, 1000)]);
+            assert_eq!(driver.used(RX).iter().map(|used| used.1).sum::<u32>(), 1500);
+        }
+    }
+}
+
+/// HOSTILE.md 11: nothing but what the guest may send reaches the wire; every buffer comes back.
+#[test]
+fn hostile_11_bad_frames_are_dropped_and_good_ones_still_pass() {
+    let (mut driver, host) = start(EVENT_IDX, 64);
+    let mut spoofed = frame(60);
+    spoofed[LENGTH + 6] ^= 4;
+    let mut unknown = frame(60);
+    unknown[1] = 9;
+    let mut outside = frame(60);
+    outside[0] = 1;
+    outside[6..8].copy_from_slice(&60u16.to_le_bytes());
+    for bad in
+        [&frame(60)[..5], &frame(60)[..LENGTH], &frame(60)[..20], &spoofed, &unknown, &outside]
+    {
+        driver.write(BUFFERS, bad);
+        driver.send(TX, &[readable(BUFFERS, bad.len() as u32)]);
+        assert_eq!(arrived(&host), None);
+        assert_eq!(driver.used(TX).len(), 1);
+    }
+    // Nothing at all, only what the device may write, and more than any frame.
+    driver.send(TX, &[readable(BUFFERS, 0)]);
+    driver.send(TX, &[writable(BUFFERS, 60)]);
+    driver.write(BUFFERS, &frame(60));
+    driver.send(TX, &[readable(BUFFERS, 72), readable(BUFFERS, 1 << 20)]);
+    driver.send(TX, &[readable(BUFFERS, (LARGEST + 1) as u32)]);
+    assert_eq!(arrived(&host), None);
+    assert_eq!(driver.used(TX).len(), 4);
+    assert!(!driver.is_broken());
+    driver.send(TX, &[readable(BUFFERS, 72)]);
+    assert_eq!(arrived(&host), Some(frame(60)));
+}
+
+/// HOSTILE.md 11: receive buffers of 0 and 1 byte, and fewer than a frame needs in all.
+#[test]
+fn hostile_11_useless_receive_buffers_come_back_and_nothing_stalls() {
+    for features in [0, EVENT_IDX, MERGEABLE, MERGEABLE | EVENT_IDX] {
+        let (mut driver, host) = start(features, 8);
+        arrive(&host, &[1; 100]);
+        driver.send(RX, &[writable(BUFFERS, 0)]);
+        driver.send(RX, &[writable(BUFFERS, 1)]);
+        driver.send(RX, &[readable(BUFFERS, 100)]);
+        assert_eq!(driver.used(RX), [(0, 0), (1, 0), (2, 0)]);
+        driver.send(RX, &[writable(BUFFERS, 100)]);
+        assert_eq!(driver.used(RX), [(3, 100)]);
+        // The whole queue is too small for this one, which is lost; the next one is not.
+        arrive(&host, &[2; 1000]);
+        arrive(&host, &[3; 50]);
+        for _ in 0..8 {
+            driver.send(RX, &[writable(BUFFERS, 64)]);
+        }
+        assert_eq!(driver.used(RX), [(4, 50)], "{features:#x}");
+        assert_eq!(driver.read(BUFFERS + 12, 1), [3]);
+        assert!(!driver.is_broken());
+    }
+}
+
+#[test]
+fn hostile_1_broken_queues_are_survived() {
+    crate::virtio::testing::survives_broken_queues(|| {
+        // One frame waits, so that the device looks at both queues.
+        let (host, ours) = wire();
+        arrive(&host, &[1; 100]);
+        Net::new(NetOptions::default(), Wire(ours)).unwrap()
+    });
+}
+
+/// HOSTILE.md 2: a broken chain stops the device until it is reset, and it works again then.
+#[test]
+fn hostile_2_a_chain_outside_memory_needs_a_reset() {
+    for queue in [RX, TX] {
+        let (mut driver, host) = start(EVENT_IDX, 8);
+        arrive(&host, &[1; 100]);
+        driver.send(queue, &[(1 << 40, 100, queue == RX)]);
+        assert!(driver.is_broken());
+        driver.send(queue, &[(u64::MAX - 5, 100, queue == RX)]);
+        assert_eq!(driver.used(queue), []);
+        driver.device().reset();
+        driver.activate(EVENT_IDX, 8);
+        driver.send(RX, &[writable(BUFFERS, 100)]);
+        assert_eq!(driver.used(RX), [(0, 100)]);
+    }
+}
+
+/// HOSTILE.md 7: after a reset no buffer of the old driver is written.
+#[test]
+fn hostile_7_a_reset_forgets_buffers_and_frames() {
+    let (mut driver, host) = start(MERGEABLE | EVENT_IDX, 8);
+    driver.send(RX, &[writable(BUFFERS, 50)]);
+    arrive(&host, &[1; 100]);
+    driver.run();
+    driver.device().reset();
+    driver.write(BUFFERS, &[0xee; 200]);
+    arrive(&host, &[2; 100]);
+    driver.run();
+    assert_eq!(driver.read(BUFFERS, 200), [0xee; 200]);
+    driver.activate(MERGEABLE | EVENT_IDX, 8);
+    driver.send(RX, &[writable(BUFFERS, 100)]);
+    assert_eq!(driver.read(BUFFERS + 12, 1), [2]);
+}
+
+/// The TAP was removed: no busy loop (the driver fails a test that does not come to rest), and
+/// what the guest sends comes back to it.
+#[test]
+fn hostile_26_a_wire_that_is_gone_is_let_alone() {
+    let (mut driver, host) = start(EVENT_IDX, 8);
+    offer(&mut driver, &[2000; 4]);
+    drop(host);
+    driver.run();
+    driver.write(BUFFERS, &frame(60));
+    driver.send(TX, &[readable(BUFFERS, 72)]);
+    assert_eq!(driver.used(TX).len(), 1);
+    assert!(!driver.is_broken());
+}
+
+/// More than one event's work.
+#[test]
+fn a_flood_is_worked_off_in_portions() {
+    let (mut driver, host) = start(EVENT_IDX, 256);
+    driver.write(BUFFERS, &frame(60));
+    for round in 0..3 {
+        for _ in 0..256 {
+            driver.add(TX, &[readable(BUFFERS, 72)]);
+        }
+        // All at once, as after a stop of the host's process.
+        driver.device().queue_events()[TX].write(1).unwrap();
+        driver.run();
+        assert_eq!(driver.used(TX).len(), 256, "round {round}");
+        assert_eq!(std::iter::from_fn(|| arrived(&host)).count(), 256);
+    }
+}
+
+#[test]
+fn the_configuration_says_mac_and_mtu() {
+    let (driver, _host) = start(0, 8);
+    let mut config = [0xee; 16];
+    driver.device().read_config(0, &mut config);
+    assert_eq!(config, [2, 0x76, 172, 20, 0, 2, 0, 0, 0, 0, 0xdc, 5, 0, 0, 0, 0]);
+    driver.device().read_config(u64::MAX, &mut config);
+    assert_eq!(config, [0; 16]);
+}
