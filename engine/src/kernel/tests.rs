@@ -125,6 +125,18 @@ fn modules_come_after_what_they_depend_on_and_without_what_is_built_in() {
 }
 
 #[test]
+fn checksums_are_there_before_what_asks_for_them() {
+    let mut with = tree(&[]);
+    with.add("erofs.ko", module("libcrc32c"));
+    with.add("libcrc32c.ko", module(""));
+    with.add("crc32c_generic.ko", module(""));
+    let order = names(&with);
+    let at = |name: &str| order.iter().position(|file| file == name).unwrap();
+    assert!(at("crc32c_generic.ko") < at("libcrc32c.ko"), "{order:?}");
+    assert!(at("libcrc32c.ko") < at("erofs.ko"), "{order:?}");
+}
+
+#[test]
 fn a_kernel_that_lacks_what_guests_need_is_told_which() {
     for missing in NEEDED {
         let mut without = Tree::default();
