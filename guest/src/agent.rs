@@ -12,14 +12,14 @@ use agent_protocol::{
     AGENT_PORT, Hello, HelloReply, Message, Purpose, READY_PORT, Request, StartFailure, Stream,
     VERSION, read_frame, write_frame,
 };
-use nix::sys::signal::Signal;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, connect, listen, socket,
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, connect, getpeername,
+    listen, socket,
 };
 
 use crate::error::{Context, SetupError};
 use crate::process::Process;
-use crate::{early, mounts, process};
+use crate::{early, process};
 
 /// Streams that may be open before their process is started.
 const MAX_STREAMS: usize = 64;
@@ -104,6 +104,13 @@ pub fn serve() -> Result<(), SetupError> {
             Err(nix::Error::EINTR | nix::Error::ECONNABORTED) => continue,
             Err(error) => return Err(error).context(|| "vsock: accept".to_owned()),
         };
+        // Where the kernel has vsock's loopback, any process of the guest could ask for what only
+        // the host may.
+        let peer = getpeername::<VsockAddr>(connection.as_raw_fd()).map(|address| address.cid());
+        if peer != Ok(libc::VMADDR_CID_HOST) {
+            early::log(&format!("refused a connection of {peer:?}, who is not the host"));
+            continue;
+        }
         let shared = shared.clone();
         let spawned = thread::Builder::new().stack_size(256 << 10).spawn(move || {
             greet(&shared, File::from(connection));
@@ -208,30 +215,31 @@ fn handle(shared: &Arc<Shared>, request: Request) {
             };
             let id = start.process.id;
             // In a thread of its own: signals must reach the process meanwhile.
-            let shared = shared.clone();
-            thread::spawn(move || match process::start_machine(&start, streams) {
+            let starting = shared.clone();
+            let run = move || match process::start_machine(&start, streams) {
                 Ok(process) => {
                     let process = Arc::new(process);
-                    shared.lock().main = Some(process.clone());
-                    shared.tell(&Message::Started { process: id });
+                    starting.lock().main = Some(process.clone());
+                    starting.tell(&Message::Started { process: id });
                     let end = process.wait();
-                    mounts::release(&start.mounts);
                     nix::unistd::sync();
                     let (status, out_of_memory) = (end.status, end.out_of_memory);
-                    shared.finish(Message::Exited { process: id, status, out_of_memory });
+                    starting.finish(Message::Exited { process: id, status, out_of_memory });
                 }
                 Err(error) => {
                     mounts::release(&start.mounts);
                     let SetupError { kind, message } = error;
-                    shared.finish(Message::StartFailed { kind, message });
+                    starting.finish(Message::StartFailed { kind, message });
                 }
-            });
+            };
+            if let Err(error) = thread::Builder::new().spawn(run) {
+                let message = format!("no thread to start the process: {error}");
+                shared.finish(Message::StartFailed { kind: StartFailure::Setup, message });
+            }
         }
         Request::Signal { process, signal, group } => {
             let main = shared.lock().main.clone();
-            if let (Some(main), Ok(signal)) = (main, Signal::try_from(signal))
-                && main.id() == process
-            {
+            if let Some(main) = main.filter(|main| main.id() == process) {
                 main.signal(signal, group);
             }
         }
@@ -245,9 +253,148 @@ fn handle(shared: &Arc<Shared>, request: Request) {
             let main = shared.lock().main.clone();
             match main {
                 // Its end is the machine's.
-                Some(main) => main.signal(Signal::SIGKILL, false),
+                Some(main) => main.signal(libc::SIGKILL, false),
                 None => crate::power_off(),
             }
         }
+    }
+}
+
+// None of these may send a valid `Start` to an agent that has not started, nor a `PowerOff`: it
+// would be this machine's.
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::thread::JoinHandle;
+
+    use agent_protocol::{MAX_FRAME, Process as Description, Root, Start, Writable};
+
+    use super::*;
+
+    /// The host's end of a connection, and the agent's thread.
+    fn open(shared: &Arc<Shared>) -> (UnixStream, JoinHandle<()>) {
+        let (host, guest) = UnixStream::pair().unwrap();
+        let shared = shared.clone();
+        let agent = thread::spawn(move || greet(&shared, File::from(OwnedFd::from(guest))));
+        (host, agent)
+    }
+
+    fn hello(
+        shared: &Arc<Shared>,
+        version: u32,
+        purpose: Purpose,
+    ) -> (UnixStream, JoinHandle<()>, HelloReply) {
+        let (mut host, agent) = open(shared);
+        write_frame(&mut host, &Hello { version, purpose }).unwrap();
+        let reply = read_frame(&mut host).unwrap().unwrap();
+        (host, agent, reply)
+    }
+
+    fn start() -> Request {
+        Request::Start(Box::new(Start {
+            root: Root { device: String::new(), writable: Writable::No },
+            mounts: vec![],
+            hostname: String::new(),
+            network: None,
+            time_ns: 0,
+            entropy: vec![],
+            process: Description {
+                id: 0,
+                argv: vec![],
+                env: vec![],
+                cwd: "/".to_owned(),
+                user: String::new(),
+                groups: vec![],
+                terminal: None,
+                streams: vec![],
+                rlimits: vec![],
+            },
+        }))
+    }
+
+    #[test]
+    fn another_version_is_told_ours() {
+        let shared = Arc::default();
+        let (mut host, agent, reply) = hello(&shared, VERSION + 1, Purpose::Control);
+        assert_eq!(reply, HelloReply::WrongVersion(VERSION));
+        agent.join().unwrap();
+        assert!(read_frame::<Message>(&mut host).unwrap().is_none());
+        assert!(shared.lock().control.is_none());
+    }
+
+    #[test]
+    fn a_stream_is_attached_once_and_their_number_is_bounded() {
+        let shared = Arc::default();
+        let purpose = |process| Purpose::Stream { process, stream: Stream::Stdin };
+        let mut held = Vec::new();
+        for process in 0..MAX_STREAMS as u32 {
+            let (host, agent, reply) = hello(&shared, VERSION, purpose(process));
+            assert_eq!(reply, HelloReply::Accepted);
+            agent.join().unwrap();
+            held.push(host);
+        }
+        for (process, reason) in [(0, "attached already"), (1000, "too many")] {
+            let (_, agent, reply) = hello(&shared, VERSION, purpose(process));
+            agent.join().unwrap();
+            assert!(
+                matches!(&reply, HelloReply::Refused(why) if why.contains(reason)),
+                "{reply:?}"
+            );
+        }
+        assert_eq!(shared.lock().streams.len(), MAX_STREAMS);
+    }
+
+    #[test]
+    fn the_newest_control_connection_wins_and_hears_the_last_word() {
+        let shared: Arc<Shared> = Arc::default();
+        let (mut older, first, _) = hello(&shared, VERSION, Purpose::Control);
+        shared.tell(&Message::Started { process: 1 });
+        assert_eq!(read_frame(&mut older).unwrap(), Some(Message::Started { process: 1 }));
+        let last = Message::Exited { process: 1, status: 3, out_of_memory: false };
+        shared.lock().last = Some(last.clone());
+        let (mut newer, second, _) = hello(&shared, VERSION, Purpose::Control);
+        first.join().unwrap();
+        assert_eq!(read_frame::<Message>(&mut older).unwrap(), None);
+        assert_eq!(read_frame(&mut newer).unwrap(), Some(last));
+        assert!(shared.lock().control.is_some(), "the older one's end is not the newer one's");
+        drop(newer);
+        second.join().unwrap();
+        assert!(shared.lock().control.is_none());
+    }
+
+    #[test]
+    fn a_machine_starts_once_and_strangers_get_no_signal() {
+        let shared: Arc<Shared> = Arc::default();
+        shared.lock().started = true;
+        let (mut host, agent, _) = hello(&shared, VERSION, Purpose::Control);
+        write_frame(&mut host, &Request::Signal { process: 9, signal: 9, group: true }).unwrap();
+        write_frame(&mut host, &start()).unwrap();
+        let reply = read_frame(&mut host).unwrap();
+        assert!(matches!(reply, Some(Message::StartFailed { kind: StartFailure::Setup, .. })));
+        drop(host);
+        agent.join().unwrap();
+    }
+
+    /// HOSTILE.md 15, from the other side: what is no frame ends its connection and nothing else.
+    #[test]
+    fn hostile_15_broken_frames_end_their_connection_only() {
+        let shared: Arc<Shared> = Arc::default();
+        let giant = (MAX_FRAME + 1).to_le_bytes();
+        // No request has the number 255.
+        let unknown = [1, 0, 0, 0, 255];
+        let broken: [&[u8]; 4] = [&giant, &unknown, &[0, 0, 0, 0], &[9, 0, 0, 0, 1]];
+        for bytes in broken {
+            let (mut host, agent) = open(&shared);
+            host.write_all(bytes).unwrap();
+            host.shutdown(std::net::Shutdown::Write).unwrap();
+            agent.join().unwrap();
+            let (mut host, agent, _) = hello(&shared, VERSION, Purpose::Control);
+            host.write_all(bytes).unwrap();
+            host.shutdown(std::net::Shutdown::Write).unwrap();
+            agent.join().unwrap();
+            assert!(shared.lock().control.is_none());
+        }
+        assert_eq!(hello(&shared, VERSION, Purpose::Control).2, HelloReply::Accepted);
     }
 }

@@ -2,11 +2,13 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 
 use agent_protocol::{Mount, MountSource, Root, Start, Writable};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, SFlag, UtimensatFlags, mknod, utimensat};
 use nix::sys::time::TimeSpec;
@@ -18,8 +20,12 @@ const IMAGE: &str = "/image";
 const UPPER: &str = "/upper";
 const ROOT: &str = "/root";
 
+/// The volumes that processes write to, by descriptor: what a process has made of their paths since
+/// does not matter then.
+pub struct Volumes(Vec<(String, File)>);
+
 /// Mounts the image with its writable layer, moves there, and mounts what a container has.
-pub fn enter(start: &Start) -> Result<(), SetupError> {
+pub fn enter(start: &Start) -> Result<Volumes, SetupError> {
     mount_root(&start.root)?;
     // Files made here stay reachable by descriptor after the move.
     let prepared = prepare_files(start)?;
@@ -37,15 +43,22 @@ pub fn enter(start: &Start) -> Result<(), SetupError> {
     for (file, path) in &prepared {
         bind_file(file, path)?;
     }
+    let mut writable = Vec::new();
     for (mount, volume) in start.mounts.iter().zip(volumes) {
-        mount_one(mount, volume)?;
+        mount_one(mount, volume.as_ref())?;
+        if let Some(volume) = volume.filter(|_| !mount.read_only) {
+            writable.push((mount.target.clone(), volume));
+        }
     }
+    // Made here, while that can be done, and over the mounts.
+    let cwd = &start.process.cwd;
+    fs::create_dir_all(cwd).context(|| format!("working directory {cwd}"))?;
     if start.root.writable == Writable::No {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
             .context(|| "cannot make the root read-only".to_owned())?;
     }
-    Ok(())
+    Ok(Volumes(writable))
 }
 
 fn mount_root(root: &Root) -> Result<(), SetupError> {
@@ -181,9 +194,8 @@ fn mount_volumes(mounts: &[Mount]) -> Result<Vec<Option<File>>, SetupError> {
         let flags = if mount_point.read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
         mount(Some(device.as_str()), place.as_str(), Some(fs_type.as_str()), flags, None::<&str>)
             .context(|| format!("cannot mount the volume for {}", mount_point.target))?;
-        let lost = Path::new(&place).join("lost+found");
         if *copy_up && !mount_point.read_only {
-            fill(Path::new(&place), &lost, &mount_point.target)?;
+            fill(Path::new(&place), &mount_point.target)?;
         }
         let folder = OpenOptions::new()
             .read(true)
@@ -196,19 +208,33 @@ fn mount_volumes(mounts: &[Mount]) -> Result<Vec<Option<File>>, SetupError> {
 }
 
 /// Gives an empty volume what the image has at its target.
-fn fill(volume: &Path, lost: &Path, target: &str) -> Result<(), SetupError> {
+fn fill(volume: &Path, target: &str) -> Result<(), SetupError> {
     let what = || format!("cannot fill the volume for {target}");
+    let lost = volume.join("lost+found");
     let mut entries = fs::read_dir(volume).context(what)?;
     if entries.any(|entry| entry.is_ok_and(|entry| entry.path() != lost)) {
         return Ok(());
     }
     let _ = fs::remove_dir(lost);
-    let source = Path::new(ROOT).join(target.trim_start_matches('/'));
-    // A link here would lead out of the image.
-    if fs::symlink_metadata(&source).is_ok_and(|metadata| metadata.is_dir()) {
-        copy_tree(&source, volume).context(what)?;
+    let Some(source) = folder_of_image(Path::new(ROOT), target).context(what)? else {
+        return Ok(());
+    };
+    // With the last component the links of /proc lead to the folder, not to themselves.
+    copy_tree(&PathBuf::from(format!("/proc/self/fd/{}/.", source.as_raw_fd())), volume)
+        .context(what)
+}
+
+/// The folder of this path in the image, whose links lead where they will once the image is the
+/// root, never out of it. `None` where the image has none.
+fn folder_of_image(root: &Path, path: &str) -> nix::Result<Option<OwnedFd>> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root = open(root, flags, Mode::empty())?;
+    let how = OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_IN_ROOT);
+    match openat2(&root, path, how) {
+        Ok(folder) => Ok(Some(folder)),
+        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(None),
+        Err(error) => Err(error),
     }
-    Ok(())
 }
 
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
@@ -254,7 +280,7 @@ fn copy_attributes(from: &Path, to: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn mount_one(wanted: &Mount, volume: Option<File>) -> Result<(), SetupError> {
+fn mount_one(wanted: &Mount, volume: Option<&File>) -> Result<(), SetupError> {
     let target = wanted.target.as_str();
     fs::create_dir_all(target).context(|| target.to_owned())?;
     match (&wanted.source, volume) {
@@ -277,15 +303,83 @@ fn mount_one(wanted: &Mount, volume: Option<File>) -> Result<(), SetupError> {
 
 /// Leaves the file systems of volumes clean: one that is not cannot be mounted read-only next time.
 /// To be called when nothing writes any more.
-pub fn release(mounts: &[Mount]) {
-    for wanted in mounts {
-        let volume = matches!(wanted.source, MountSource::Device { .. });
-        if volume && !wanted.read_only {
-            let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-            let target = wanted.target.as_str();
-            if let Err(error) = mount(None::<&str>, target, None::<&str>, flags, None::<&str>) {
-                crate::early::log(&format!("volume {target} is not clean: {error}"));
+pub fn release(volumes: &Volumes) {
+    for (target, folder) in &volumes.0 {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        let path = format!("/proc/self/fd/{}", folder.as_raw_fd());
+        if let Err(error) = mount(None::<&str>, path.as_str(), None::<&str>, flags, None::<&str>) {
+            crate::early::log(&format!("volume {target} is not clean: {error}"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_of_the_image_is_found_through_the_images_links() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |path: &str| root.path().join(path);
+        fs::create_dir_all(at("run/lock")).unwrap();
+        fs::create_dir(at("var")).unwrap();
+        fs::write(at("file"), "").unwrap();
+        for (target, link) in [
+            ("/run", "var/run"),
+            ("../../../../run", "climbs"),
+            ("/etc", "outside"),
+            ("self", "self"),
+        ] {
+            symlink(target, at(link)).unwrap();
+        }
+        let found = |path: &str| {
+            let folder = folder_of_image(root.path(), path).unwrap()?;
+            Some(fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd())).unwrap())
+        };
+        let root_path = root.path().canonicalize().unwrap();
+        for path in ["/run", "/var/run", "/climbs", "/../run", "/var/run/lock/.."] {
+            assert_eq!(found(path), Some(root_path.join("run")), "{path}");
+        }
+        // HOSTILE.md 16: what only the machine outside the image has is not there.
+        for path in ["/outside", "/outside/..", "/none", "/file", "/self", "/etc"] {
+            assert_eq!(found(path).filter(|path| !path.starts_with(&root_path)), None, "{path}");
+            assert_eq!(found(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_tree_is_copied_with_owners_modes_times_and_links() {
+        let folder = tempfile::tempdir().unwrap();
+        let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+        fs::create_dir_all(from.join("deep/er")).unwrap();
+        fs::create_dir(&to).unwrap();
+        fs::write(from.join("deep/file"), "text").unwrap();
+        fs::set_permissions(from.join("deep/file"), fs::Permissions::from_mode(0o4751)).unwrap();
+        fs::set_permissions(from.join("deep"), fs::Permissions::from_mode(0o1775)).unwrap();
+        symlink("/nowhere", from.join("deep/er/link")).unwrap();
+        nix::unistd::mkfifo(&from.join("fifo"), Mode::from_bits_truncate(0o640)).unwrap();
+        let time = TimeSpec::new(1_000_000, 5);
+        for path in ["deep/file", "deep", ""] {
+            let path = from.join(path);
+            utimensat(nix::fcntl::AT_FDCWD, &path, &time, &time, UtimensatFlags::FollowSymlink)
+                .unwrap();
+        }
+        let opened = File::open(&from).unwrap();
+        copy_tree(&PathBuf::from(format!("/proc/self/fd/{}/.", opened.as_raw_fd())), &to).unwrap();
+        for path in ["", "deep", "deep/file", "deep/er", "deep/er/link", "fifo"] {
+            let (one, other) = (from.join(path), to.join(path));
+            let (one, other) =
+                (fs::symlink_metadata(one).unwrap(), fs::symlink_metadata(other).unwrap());
+            assert_eq!(one.mode(), other.mode(), "{path}");
+            assert_eq!((one.uid(), one.gid()), (other.uid(), other.gid()), "{path}");
+            if path != "deep/er/link" {
+                let times = |one: &fs::Metadata| (one.mtime(), one.mtime_nsec());
+                assert_eq!(times(&one), times(&other), "{path}");
             }
         }
+        assert_eq!(fs::read(to.join("deep/file")).unwrap(), b"text");
+        assert_eq!(fs::read_link(to.join("deep/er/link")).unwrap(), Path::new("/nowhere"));
     }
 }

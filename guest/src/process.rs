@@ -18,15 +18,18 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::mount::{MsFlags, mount};
 use nix::pty::{Winsize, openpty};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::error::{Context, SetupError};
+use crate::mounts::Volumes;
 use crate::users::Identity;
 use crate::{early, mounts, network, streams, users};
 
 nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, Winsize);
+// RNDADDENTROPY, `_IOW('R', 3, int[2])`.
+nix::ioctl_write_ptr!(add_to_pool, b'R', 3, [libc::c_int; 2]);
 nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
 
 /// Where programs are sought when the environment does not say.
@@ -39,6 +42,7 @@ pub struct Process {
     terminal: Option<File>,
     pumps: Mutex<Vec<JoinHandle<()>>>,
     killed_before: u64,
+    volumes: Volumes,
 }
 
 /// How a process ended.
@@ -52,14 +56,35 @@ pub struct End {
 /// Sets the machine up as `start` says, and starts its process.
 pub fn start_machine(start: &Start, streams: HashMap<Stream, File>) -> Result<Process, SetupError> {
     set_clock(start.time_ns);
-    // Mixed into the pool; the kernel credits what it trusts by itself.
-    let _ = fs::write("/dev/urandom", &start.entropy);
+    add_entropy(&start.entropy);
     nix::unistd::sethostname(&start.hostname).context(|| "hostname".to_owned())?;
     network::set_up(start.network.as_ref())?;
-    mounts::enter(start)?;
+    let volumes = mounts::enter(start)?;
     // Others go first when memory runs out.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
-    spawn(&start.process, streams)
+    spawn(&start.process, streams, volumes)
+}
+
+/// Gives the kernel's pool the host's bytes, and credit for them: the guest trusts its host, and a
+/// processor or kernel without a source of its own would keep programs waiting.
+fn add_entropy(bytes: &[u8]) {
+    // `struct rand_pool_info` (random(4)): bits, bytes, and the bytes.
+    let Ok(count) = i32::try_from(bytes.len()) else { return };
+    if count == 0 {
+        return;
+    }
+    let mut pool = Vec::with_capacity(8 + bytes.len());
+    pool.extend_from_slice(&count.saturating_mul(8).to_ne_bytes());
+    pool.extend_from_slice(&count.to_ne_bytes());
+    pool.extend_from_slice(bytes);
+    let given = fs::OpenOptions::new().write(true).open("/dev/random").and_then(|random| {
+        // SAFETY: the descriptor is open, and the call reads the two numbers and as many bytes
+        // behind them as the second says, all of which the vector holds.
+        Ok(unsafe { add_to_pool(random.as_raw_fd(), pool.as_ptr().cast()) }?)
+    });
+    if let Err(error) = given {
+        early::log(&format!("entropy: {error}"));
+    }
 }
 
 fn set_clock(nanoseconds: u64) {
@@ -72,13 +97,16 @@ fn set_clock(nanoseconds: u64) {
     }
 }
 
-fn spawn(description: &Description, streams: HashMap<Stream, File>) -> Result<Process, SetupError> {
+fn spawn(
+    description: &Description,
+    streams: HashMap<Stream, File>,
+    volumes: Volumes,
+) -> Result<Process, SetupError> {
     let Some((program, arguments)) = description.argv.split_first() else {
         return Err(SetupError::setup("no command specified"));
     };
     let identity = users::resolve(&description.user, &description.groups)?;
     let cwd = PathBuf::from(&description.cwd);
-    fs::create_dir_all(&cwd).context(|| format!("working directory {}", cwd.display()))?;
     let mut environment: Vec<(&str, &str)> =
         description.env.iter().filter_map(|entry| entry.split_once('=')).collect();
     if !environment.iter().any(|(name, _)| *name == "HOME") {
@@ -118,7 +146,14 @@ fn spawn(description: &Description, streams: HashMap<Stream, File>) -> Result<Pr
     };
     let pid = Pid::from_raw(spawned.id() as i32);
     let (terminal, pumps) = io.connect(streams)?;
-    Ok(Process { id: description.id, pid, terminal, pumps: Mutex::new(pumps), killed_before })
+    Ok(Process {
+        id: description.id,
+        pid,
+        terminal,
+        pumps: Mutex::new(pumps),
+        killed_before,
+        volumes,
+    })
 }
 
 fn cannot_execute(program: &str, error: &io::Error) -> SetupError {
@@ -400,10 +435,13 @@ impl Process {
         self.id
     }
 
-    /// Sends a signal to it, or to the process group it leads.
-    pub fn signal(&self, signal: Signal, group: bool) {
-        let pid = if group { Pid::from_raw(-self.pid.as_raw()) } else { self.pid };
-        let _ = kill(pid, signal);
+    /// Sends a signal to it, or to the process group it leads. By number: real-time signals have no
+    /// name.
+    pub fn signal(&self, signal: i32, group: bool) {
+        let pid = if group { -self.pid.as_raw() } else { self.pid.as_raw() };
+        // SAFETY: the call takes numbers only. It fails for what is no signal, and for a process that
+        // has just ended.
+        let _ = unsafe { libc::kill(pid, signal) };
     }
 
     /// Tells its terminal a new size.
@@ -415,8 +453,8 @@ impl Process {
         }
     }
 
-    /// Waits for its end, reaping all that comes to us as PID 1 meanwhile, and for its output to be
-    /// with the host. With it the kernel ends every process of its namespace, so the output ends.
+    /// Waits for its end, reaping all that comes to us as PID 1 meanwhile, leaves its volumes clean,
+    /// and waits for its output to be with the host. With it the kernel ends every process of its namespace, so the output ends.
     pub fn wait(&self) -> End {
         let (status, killed) = loop {
             match waitpid(None, None) {
@@ -431,6 +469,8 @@ impl Process {
                 Err(_) => break (255, false),
             }
         };
+        // Before the output, which a host that does not read may keep for long.
+        mounts::release(&self.volumes);
         let pumps = std::mem::take(&mut *self.pumps.lock().unwrap_or_else(|e| e.into_inner()));
         for pump in pumps {
             let _ = pump.join();

@@ -30,8 +30,13 @@ struct Group {
     members: Vec<String>,
 }
 
-/// Resolves `USER[:GROUP]`, each by name or number, as container engines do. A number that is no
-/// user of the image is taken as it is, with group 0.
+/// Largest id that container engines take. Beyond it lies `u32::MAX`, which the kernel's calls read
+/// as "leave it as it is": a process with that user would stay root.
+const MAX_ID: u32 = i32::MAX as u32;
+
+/// Resolves `USER[:GROUP]`, each by name or number, as container engines do. A number is always an
+/// id, also where the image has a user of that name, and is taken as it is, with group 0, where the
+/// image does not know it.
 pub fn resolve(user: &str, extra: &[String]) -> Result<Identity, SetupError> {
     // An image without these files has only numbers.
     let passwd = fs::read("/etc/passwd").unwrap_or_default();
@@ -52,11 +57,11 @@ fn resolve_in(
         None => (user, None),
     };
     let user = if user.is_empty() { "0" } else { user };
-    // A name that is a number is sought as a name first.
-    let known = users
-        .iter()
-        .find(|known| known.name == user)
-        .or_else(|| users.iter().find(|known| user.parse() == Ok(known.uid)));
+    let number = number_of(user)?;
+    let known = users.iter().find(|known| match number {
+        Some(uid) => known.uid == uid,
+        None => known.name == user,
+    });
     let mut identity = match known {
         Some(known) => {
             let member = |group: &&Group| group.members.contains(&known.name);
@@ -71,26 +76,24 @@ fn resolve_in(
                 home: known.home.clone(),
             }
         }
-        None => match user.parse() {
-            Ok(uid) => Identity { uid, ..Identity::default() },
-            Err(_) => {
+        None => match number {
+            Some(uid) => Identity { uid, ..Identity::default() },
+            None => {
                 return Err(SetupError::setup(format!(
                     "unable to find user {user}: no matching entries in passwd file"
                 )));
             }
         },
     };
-    let find_group = |name: &str| {
-        groups
-            .iter()
-            .find(|group| group.name == name)
-            .map(|group| group.gid)
-            .or_else(|| name.parse().ok())
-            .ok_or_else(|| {
+    let find_group = |name: &str| match number_of(name)? {
+        Some(gid) => Ok(gid),
+        None => {
+            groups.iter().find(|group| group.name == name).map(|group| group.gid).ok_or_else(|| {
                 SetupError::setup(format!(
                     "unable to find group {name}: no matching entries in group file"
                 ))
             })
+        }
     };
     if let Some(name) = own_group {
         identity.gid = find_group(name)?;
@@ -106,12 +109,28 @@ fn resolve_in(
     Ok(identity)
 }
 
+/// The id that a text stands for, or `None` where it is a name.
+fn number_of(text: &str) -> Result<Option<u32>, SetupError> {
+    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Ok(None);
+    }
+    match text.parse() {
+        Ok(id) if id <= MAX_ID => Ok(Some(id)),
+        _ => Err(SetupError::setup(format!("{text}: uids and gids must be in range 0-{MAX_ID}"))),
+    }
+}
+
+fn parse_id(field: &str) -> Option<u32> {
+    field.parse().ok().filter(|id| *id <= MAX_ID)
+}
+
 fn parse_user(line: &str) -> Option<User> {
     let mut fields = line.split(':');
     let name = fields.next().filter(|name| !name.is_empty())?.to_owned();
     fields.next()?;
-    let uid = fields.next()?.parse().ok()?;
-    let gid = fields.next()?.parse().ok()?;
+    let uid = parse_id(fields.next()?)?;
+    let gid = parse_id(fields.next()?)?;
     fields.next();
     let home = fields.next().unwrap_or_default().to_owned();
     Some(User { name, uid, gid, home })
@@ -121,7 +140,7 @@ fn parse_group(line: &str) -> Option<Group> {
     let mut fields = line.split(':');
     let name = fields.next().filter(|name| !name.is_empty())?.to_owned();
     fields.next()?;
-    let gid = fields.next()?.parse().ok()?;
+    let gid = parse_id(fields.next()?)?;
     let members = fields.next().unwrap_or_default().split(',').map(str::to_owned).collect();
     Some(Group { name, gid, members })
 }
@@ -149,17 +168,35 @@ mod tests {
         assert_eq!(ids("1000:77"), Ok((1000, 77, vec![], own("/home/app"))));
         assert_eq!(ids("4242"), Ok((4242, 0, vec![], own("/"))));
         assert_eq!(ids("4242:wheel"), Ok((4242, 10, vec![], own("/"))));
-        assert_eq!(ids("77"), Ok((500, 500, vec![], own("/odd"))));
-        assert_eq!(ids("4294967295").map(|id| id.0), Ok(u32::MAX));
+        // There is a user of this name, with another uid.
+        assert_eq!(ids("77"), Ok((77, 0, vec![], own("/"))));
+        assert_eq!(ids("500"), Ok((500, 500, vec![], own("/odd"))));
+        assert_eq!(ids("2147483647").map(|id| id.0), Ok(2_147_483_647));
     }
 
     #[test]
     fn names_that_are_not_there_are_named() {
         assert!(ids("nobody").unwrap_err().contains("unable to find user nobody"));
         assert!(ids("app:none").unwrap_err().contains("unable to find group none"));
-        assert!(ids("-1").is_err());
-        assert!(ids("4294967296").is_err());
         let extra = ["video".to_owned(), "9".to_owned()];
         assert_eq!(resolve_in(PASSWD, GROUP, "0:0", &extra).unwrap().groups, [9, 44]);
+    }
+    /// HOSTILE.md 18 and 20: the kernel reads 2^32 - 1 as "unchanged", which is root.
+    #[test]
+    fn hostile_18_ids_that_would_leave_the_process_root_are_refused() {
+        let range = "uids and gids must be in range 0-2147483647";
+        for user in ["4294967295", "4294967296", "2147483648", "-1", "99999999999999999999"] {
+            for spec in [user.to_owned(), format!("app:{user}")] {
+                let error = ids(&spec).unwrap_err();
+                assert!(error.ends_with(range), "{spec}: {error}");
+            }
+            assert!(resolve_in(PASSWD, GROUP, "app", &[user.to_owned()]).is_err(), "{user}");
+        }
+        let passwd = "evil:x:4294967295:4294967295::/:\nalso:x:1:4294967295::/:\n";
+        let group = "evil:x:4294967295:app\n";
+        assert!(resolve_in(passwd, group, "evil", &[]).is_err());
+        assert!(resolve_in(passwd, group, "also", &[]).is_err());
+        assert!(resolve_in(PASSWD, group, "app:evil", &[]).is_err());
+        assert_eq!(resolve_in(PASSWD, group, "app", &[]).unwrap().groups, [] as [u32; 0]);
     }
 }

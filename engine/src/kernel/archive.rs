@@ -1,16 +1,15 @@
 //! Distribution packages: a Debian package's kernel image and module tree.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::modules::Tree;
 use super::{KernelError, at};
 
 /// Most bytes of one file taken out of a package.
 const MAX_FILE: u64 = 256 << 20;
-/// Most bytes taken out in all: a generic kernel's modules come to about 400 MB.
+/// Most bytes that a package unpacks to, looked at or not: a generic kernel's come to about 400 MB.
 const MAX_TOTAL: u64 = 2 << 30;
 
 /// What a package holds.
@@ -47,7 +46,7 @@ pub fn read(path: &Path) -> Result<Contents, KernelError> {
             }
             _ => continue,
         };
-        return read_tar(reader)
+        return read_tar(reader.take(MAX_TOTAL))
             .map_err(|error| malformed(error.to_string()))?
             .ok_or_else(|| malformed("there is no kernel in /boot of this package".to_owned()));
     }
@@ -57,7 +56,6 @@ pub fn read(path: &Path) -> Result<Contents, KernelError> {
 fn read_tar(reader: impl Read) -> io::Result<Option<Contents>> {
     let mut image = None;
     let mut tree = Tree::default();
-    let mut total = 0;
     for entry in tar::Archive::new(reader).entries()? {
         let mut entry = entry?;
         if !entry.header().entry_type().is_file() {
@@ -75,9 +73,7 @@ fn read_tar(reader: impl Read) -> io::Result<Option<Contents>> {
         if !wanted {
             continue;
         }
-        let size = entry.size();
-        total += size;
-        if size > MAX_FILE || total > MAX_TOTAL {
+        if entry.size() > MAX_FILE {
             return Err(io::Error::other(format!("{name} is too large")));
         }
         let mut bytes = Vec::new();
@@ -91,25 +87,33 @@ fn read_tar(reader: impl Read) -> io::Result<Option<Contents>> {
     Ok(image.map(|image| Contents { image, modules: Some(tree) }))
 }
 
-/// The modules of a kernel that is installed on this host.
-pub fn installed_modules(release: &str) -> io::Result<Tree> {
+/// The modules that were installed with the kernel at `image`: those in its own folder
+/// (`/lib/modules/VERSION/vmlinuz`), or beside `/boot`. `None` where there are none.
+pub fn installed_modules(image: &Path, version: &str) -> Result<Option<Tree>, KernelError> {
+    let real = fs::canonicalize(image).map_err(at(image))?;
+    let Some(folder) = real.parent() else { return Ok(None) };
+    let beside = |path: &str| folder.join("..").join(path).join(version);
+    let places = [folder.to_owned(), beside("lib/modules"), beside("usr/lib/modules")];
+    match places.iter().find(|place| place.join("modules.builtin").is_file()) {
+        Some(place) => read_tree(place).map(Some),
+        None => Ok(None),
+    }
+}
+
+fn read_tree(folder: &Path) -> Result<Tree, KernelError> {
     let mut tree = Tree::default();
-    let mut folders = vec![PathBuf::from("/lib/modules").join(release)];
-    let mut seen = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder)? {
-            let entry = entry?;
-            let kind = entry.file_type()?;
-            let name = entry.file_name().to_string_lossy().into_owned();
+        for entry in fs::read_dir(&folder).map_err(at(&folder))? {
+            let path = entry.map_err(at(&folder))?.path();
+            let kind = fs::symlink_metadata(&path).map_err(at(&path))?.file_type();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
             if kind.is_dir() {
-                folders.push(entry.path());
+                folders.push(path);
             } else if kind.is_file() && Tree::wants(&name) {
-                seen.insert(name, entry.path());
+                tree.add(&name, super::read_file(&path)?);
             }
         }
-    }
-    for (name, path) in seen {
-        tree.add(&name, fs::read(path)?);
     }
     Ok(tree)
 }

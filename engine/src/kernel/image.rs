@@ -62,22 +62,32 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
 /// Unpacks what Linux's own build packs with; `None` for another format.
 fn unpack(payload: &[u8]) -> std::io::Result<Option<Vec<u8>>> {
     let mut unpacked = Vec::new();
-    let mut reader: Box<dyn Read + '_> = match payload {
+    // gzip ends with the unpacked size by itself; to the others Linux's build adds it.
+    let packed = payload.split_at(payload.len().saturating_sub(4)).0;
+    let mut reader: Box<dyn Read + '_> = match packed {
         [0x1f, 0x8b, ..] => Box::new(flate2::read::GzDecoder::new(payload)),
-        [0xfd, b'7', b'z', b'X', b'Z', ..] => Box::new(xz2::read::XzDecoder::new(payload)),
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::Decoder::new(payload)?.single_frame()),
-        [0x02, 0x21, 0x4c, 0x18, rest @ ..] => return unpack_lz4(rest).map(Some),
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => Box::new(xz2::read::XzDecoder::new(packed)),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::Decoder::new(packed)?.single_frame()),
+        [0x02, 0x21, 0x4c, 0x18, rest @ ..] => {
+            return check_size(payload, unpack_lz4(rest)?).map(Some);
+        }
         _ => return Ok(None),
     };
-    // The payload ends with its unpacked size, which a decoder may take for another stream.
-    match reader.by_ref().take(MAX_UNPACKED + 1).read_to_end(&mut unpacked) {
-        Err(error) if unpacked.is_empty() => return Err(error),
-        _ => {}
-    }
+    reader.by_ref().take(MAX_UNPACKED + 1).read_to_end(&mut unpacked)?;
+    drop(reader);
+    check_size(payload, unpacked).map(Some)
+}
+
+/// A payload ends with the size it unpacks to, so a part of one is told from the whole.
+fn check_size(payload: &[u8], unpacked: Vec<u8>) -> std::io::Result<Vec<u8>> {
     if unpacked.len() as u64 > MAX_UNPACKED {
         return Err(std::io::Error::other("it unpacks to more than 1 GiB"));
     }
-    Ok(Some(unpacked))
+    let size = payload.len().checked_sub(4).and_then(|at| word(payload, at));
+    if size != Some(unpacked.len()) {
+        return Err(std::io::Error::other("it does not unpack to the size it says"));
+    }
+    Ok(unpacked)
 }
 
 /// The legacy LZ4 frame: blocks of at most 8 MiB, each behind its packed size.
@@ -86,7 +96,6 @@ fn unpack_lz4(mut rest: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut unpacked = Vec::new();
     let mut block = vec![0; BLOCK];
     while let Some(size) = word(rest, 0) {
-        // The trailing word is the unpacked size.
         let Some(packed) = rest.get(4..4 + size) else { break };
         let count =
             lz4_flex::block::decompress_into(packed, &mut block).map_err(std::io::Error::other)?;
@@ -116,9 +125,14 @@ pub fn version(image: &[u8]) -> Option<String> {
         image.get(at..)?
     } else {
         const BANNER: &[u8] = b"Linux version ";
-        let at = image.windows(BANNER.len()).position(|window| window == BANNER)?;
-        image.get(at + BANNER.len()..)?
+        // Format strings begin like the banner and name no version.
+        let found = image.windows(BANNER.len()).enumerate().filter(|(_, text)| *text == BANNER);
+        return found.filter_map(|(at, _)| version_at(image.get(at + BANNER.len()..)?)).next();
     };
+    version_at(text)
+}
+
+fn version_at(text: &[u8]) -> Option<String> {
     let length = text.iter().take(128).position(|byte| matches!(byte, b' ' | 0))?;
     let version = std::str::from_utf8(text.get(..length)?).ok()?;
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_+~".contains(&byte);
@@ -174,6 +188,46 @@ mod tests {
             assert_eq!(bootable(Path::new("k"), image).unwrap(), elf());
         }
         assert_eq!(version(&elf()).as_deref(), Some("6.1.2-test"));
+    }
+
+    #[test]
+    fn a_format_string_is_not_the_version() {
+        let mut elf = elf();
+        elf.splice(64..64, b"Linux version %s (%s)\0Linux version \0".iter().copied());
+        assert_eq!(version(&elf).as_deref(), Some("6.1.2-test"));
+    }
+
+    /// HOSTILE.md 22: a part of a payload is no kernel, however much of it unpacks.
+    #[test]
+    fn hostile_22_a_payload_that_is_cut_is_refused() {
+        use std::io::Write;
+        let mut whole = elf();
+        let mut noise = 1u32;
+        whole.extend((0..100_000).map(|_| {
+            noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (noise >> 24) as u8
+        }));
+        let size = (whole.len() as u32).to_le_bytes();
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&whole).unwrap();
+        let mut xz = xz2::write::XzEncoder::new(Vec::new(), 1);
+        xz.write_all(&whole).unwrap();
+        let blocks = whole.chunks(40_000).map(lz4_flex::block::compress);
+        let mut lz4 = vec![0x02, 0x21, 0x4c, 0x18];
+        for block in blocks {
+            lz4.extend_from_slice(&(block.len() as u32).to_le_bytes());
+            lz4.extend_from_slice(&block);
+        }
+        let zstd = zstd::encode_all(whole.as_slice(), 1).unwrap();
+        for packed in [gzip.finish().unwrap(), xz.finish().unwrap(), zstd, lz4] {
+            let with_size = |packed: &[u8]| bzimage(&[packed, &size].concat());
+            assert_eq!(bootable(Path::new("k"), with_size(&packed)).unwrap(), whole);
+            for kept in [packed.len() / 2, packed.len() - 9] {
+                assert!(bootable(Path::new("k"), with_size(&packed[..kept])).is_err());
+            }
+            let lies = bzimage(&[packed.as_slice(), &[1, 0, 0, 0]].concat());
+            assert!(bootable(Path::new("k"), lies).is_err());
+        }
     }
 
     /// HOSTILE.md 22.

@@ -15,7 +15,15 @@ const LAYOUT: u32 = 2;
 pub fn make(cache: &Path, init: &Path, modules: Option<&Path>) -> Result<PathBuf, KernelError> {
     let metadata = fs::metadata(init).map_err(at(init))?;
     // A new build of init is another file; hashing it at each start would cost milliseconds.
-    let key = format!("{:x}-{:x}-{:x}", metadata.ino(), metadata.len(), metadata.mtime_nsec());
+    // Packages' files have whole seconds, so both parts of the time count.
+    let key = format!(
+        "{:x}-{:x}-{:x}-{:x}.{:x}",
+        metadata.dev(),
+        metadata.ino(),
+        metadata.len(),
+        metadata.mtime(),
+        metadata.mtime_nsec()
+    );
     let kind = if modules.is_some() { "modules-" } else { "" };
     let path = cache.join(format!("initrd-{LAYOUT}-{kind}{key}.cpio"));
     if path.exists() {

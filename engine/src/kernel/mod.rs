@@ -13,9 +13,11 @@ mod archive;
 mod image;
 mod initrd;
 mod modules;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -72,6 +74,34 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> KernelError {
     move |error| KernelError::File { path, error }
 }
 
+/// Folders that an import fills.
+const WORK: &str = ".import-";
+/// Most bytes of a kernel file: one with debugging information comes close.
+const MAX_FILE: u64 = 1 << 30;
+
+/// A device or pipe given as a kernel would keep us waiting, or never end.
+fn check_regular(path: &Path) -> Result<(), KernelError> {
+    match fs::metadata(path).map_err(at(path))?.is_file() {
+        true => Ok(()),
+        false => Err(KernelError::NotAKernel(path.to_owned())),
+    }
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, KernelError> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(at(path))?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(at(path))?;
+    if bytes.len() as u64 > MAX_FILE {
+        let reason = "larger than 1 GiB".to_owned();
+        return Err(KernelError::Malformed { path: path.to_owned(), reason });
+    }
+    Ok(bytes)
+}
+
+fn sync_folder(path: &Path) -> Result<(), KernelError> {
+    File::open(path).and_then(|folder| folder.sync_all()).map_err(at(path))
+}
+
 /// A kernel that can be booted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
@@ -104,49 +134,91 @@ impl Kernels {
     }
 
     /// Imports a vmlinux, bzImage or Debian package and returns its kernel. One that is there
-    /// already is replaced.
+    /// already is replaced. An installed kernel (`/boot/vmlinuz-VERSION`) brings its modules along.
     pub fn import(&self, path: &Path) -> Result<Kernel, KernelError> {
-        fs::create_dir_all(&self.folder).map_err(at(&self.folder))?;
+        check_regular(path)?;
+        if archive::is_package(path).map_err(at(path))? {
+            let found = archive::read(path)?;
+            return self.add(path, found.image, found.modules.as_ref());
+        }
+        let image = read_file(path)?;
+        let modules = match image::version(&image) {
+            Some(version) => archive::installed_modules(path, &version)?,
+            None => None,
+        };
+        self.add(path, image, modules.as_ref())
+    }
+
+    fn add(
+        &self,
+        path: &Path,
+        image: Vec<u8>,
+        tree: Option<&modules::Tree>,
+    ) -> Result<Kernel, KernelError> {
+        let image = image::bootable(path, image)?;
+        let name = image::version(&image).unwrap_or_else(|| "unnamed".to_owned());
+        let chosen = tree.map_or(Ok(Vec::new()), |tree| modules::choose(path, tree))?;
+        let _lock = self.lock()?;
         let work = tempfile::Builder::new()
-            .prefix(".import-")
+            .prefix(WORK)
             .tempdir_in(&self.folder)
             .map_err(at(&self.folder))?;
-        let found = if archive::is_package(path).map_err(at(path))? {
-            archive::read(path)?
-        } else {
-            archive::Contents { image: fs::read(path).map_err(at(path))?, modules: None }
-        };
-        let image = image::bootable(path, found.image)?;
-        let name = image::version(&image).unwrap_or_else(|| "unnamed".to_owned());
         let write = |name: &str, bytes: &[u8]| {
             let path = work.path().join(name);
             let mut file = File::create(&path).map_err(at(&path))?;
             file.write_all(bytes).and_then(|()| file.sync_all()).map_err(at(&path))
         };
         write("vmlinux", &image)?;
-        if let Some(tree) = &found.modules {
-            let chosen = modules::choose(path, tree)?;
-            if !chosen.is_empty() {
-                let folder = work.path().join("modules");
-                fs::create_dir(&folder).map_err(at(&folder))?;
-                let mut order = String::new();
-                for module in &chosen {
-                    write(&format!("modules/{}", module.file), &module.bytes)?;
-                    order.push_str(&module.file);
-                    order.push('\n');
-                }
-                write("modules/load", order.as_bytes())?;
+        if !chosen.is_empty() {
+            let folder = work.path().join("modules");
+            fs::create_dir(&folder).map_err(at(&folder))?;
+            let mut order = String::new();
+            for module in &chosen {
+                write(&format!("modules/{}", module.file), &module.bytes)?;
+                order.push_str(&module.file);
+                order.push('\n');
             }
+            write("modules/load", order.as_bytes())?;
+            sync_folder(&folder)?;
         }
+        sync_folder(work.path())?;
         let target = self.folder.join(&name);
-        let old = self.folder.join(format!(".old-{name}-{}", std::process::id()));
-        let _ = fs::rename(&target, &old);
-        fs::rename(work.keep(), &target).map_err(at(&target))?;
-        let _ = fs::remove_dir_all(old);
+        if target.exists() {
+            // In one step: at no time is there none. What it replaces goes with the work folder.
+            let exchange = rustix::fs::RenameFlags::EXCHANGE;
+            rustix::fs::renameat_with(
+                rustix::fs::CWD,
+                work.path(),
+                rustix::fs::CWD,
+                &target,
+                exchange,
+            )
+            .map_err(|error| at(&target)(error.into()))?;
+        } else {
+            fs::rename(work.path(), &target).map_err(at(&target))?;
+            // There is nothing left to remove.
+            let _ = work.keep();
+        }
+        sync_folder(&self.folder)?;
         if self.default_name().is_none() {
             self.set_default(&name)?;
         }
         self.get(&name)
+    }
+
+    /// Keeps other changes of the kernels away until dropped, and removes what one that was killed
+    /// has left.
+    fn lock(&self) -> Result<File, KernelError> {
+        fs::create_dir_all(&self.folder).map_err(at(&self.folder))?;
+        let path = self.folder.join(".lock");
+        let file = File::create(&path).map_err(at(&path))?;
+        file.lock().map_err(at(&path))?;
+        for entry in fs::read_dir(&self.folder).map_err(at(&self.folder))?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(WORK) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        Ok(file)
     }
 
     /// Imports the kernel this host runs, from where distributions keep it.
@@ -157,15 +229,10 @@ impl Kernels {
             .map(Path::new)
             .filter(|path| path.exists())
             .find_map(|path| {
-                let tree = archive::installed_modules(&release).ok()?;
-                self.import_with(path, tree).ok()
+                // Without its modules it may lack what guests need.
+                let tree = archive::installed_modules(path, &release).ok()??;
+                self.add(path, read_file(path).ok()?, Some(&tree)).ok()
             })
-    }
-
-    fn import_with(&self, path: &Path, tree: modules::Tree) -> Result<Kernel, KernelError> {
-        // Without a module of its own to offer, only a kernel with everything built in is of use.
-        modules::choose(path, &tree)?;
-        self.import(path)
     }
 
     /// Names of the kernels, in order.
@@ -197,6 +264,7 @@ impl Kernels {
 
     /// Forgets a kernel.
     pub fn remove(&self, name: &str) -> Result<(), KernelError> {
+        let _lock = self.lock()?;
         let kernel = self.get(name)?;
         if self.default_name().as_deref() == Some(name) {
             let path = self.folder.join("default");
@@ -239,13 +307,14 @@ impl Kernels {
 
     fn at_path(&self, path: &Path) -> Result<Kernel, KernelError> {
         let path = fs::canonicalize(path).map_err(at(path))?;
+        check_regular(&path)?;
         let mut magic = [0; 4];
         let mut file = File::open(&path).map_err(at(&path))?;
-        let elf = io::Read::read_exact(&mut file, &mut magic).is_ok() && &magic == b"\x7fELF";
+        let elf = file.read_exact(&mut magic).is_ok() && &magic == b"\x7fELF";
         if !elf && archive::is_package(&path).map_err(at(&path))? {
             return self.import(&path);
         }
-        if !elf && image::version(&fs::read(&path).map_err(at(&path))?).is_none() {
+        if !elf && image::version(&read_file(&path)?).is_none() {
             return Err(KernelError::NotAKernel(path));
         }
         let name = String::from_utf8_lossy(path.as_os_str().as_bytes()).into_owned();
