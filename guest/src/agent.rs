@@ -227,7 +227,6 @@ fn handle(shared: &Arc<Shared>, request: Request) {
                     starting.finish(Message::Exited { process: id, status, out_of_memory });
                 }
                 Err(error) => {
-                    mounts::release(&start.mounts);
                     let SetupError { kind, message } = error;
                     starting.finish(Message::StartFailed { kind, message });
                 }

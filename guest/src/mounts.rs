@@ -20,12 +20,31 @@ const IMAGE: &str = "/image";
 const UPPER: &str = "/upper";
 const ROOT: &str = "/root";
 
-/// The volumes that processes write to, by descriptor: what a process has made of their paths since
-/// does not matter then.
-pub struct Volumes(Vec<(String, File)>);
+/// A mounted volume, by descriptor: what a process makes of its path does not matter then.
+///
+/// Dropping it leaves its file system clean: one that is not cannot be mounted read-only next time.
+/// To be dropped when nothing writes any more.
+pub struct Volume {
+    target: String,
+    read_only: bool,
+    folder: File,
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        if self.read_only {
+            return;
+        }
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        let path = format!("/proc/self/fd/{}", self.folder.as_raw_fd());
+        if let Err(error) = mount(None::<&str>, path.as_str(), None::<&str>, flags, None::<&str>) {
+            crate::early::log(&format!("volume {} is not clean: {error}", self.target));
+        }
+    }
+}
 
 /// Mounts the image with its writable layer, moves there, and mounts what a container has.
-pub fn enter(start: &Start) -> Result<Volumes, SetupError> {
+pub fn enter(start: &Start) -> Result<Vec<Volume>, SetupError> {
     mount_root(&start.root)?;
     // Files made here stay reachable by descriptor after the move.
     let prepared = prepare_files(start)?;
@@ -43,12 +62,8 @@ pub fn enter(start: &Start) -> Result<Volumes, SetupError> {
     for (file, path) in &prepared {
         bind_file(file, path)?;
     }
-    let mut writable = Vec::new();
-    for (mount, volume) in start.mounts.iter().zip(volumes) {
+    for (mount, volume) in start.mounts.iter().zip(&volumes) {
         mount_one(mount, volume.as_ref())?;
-        if let Some(volume) = volume.filter(|_| !mount.read_only) {
-            writable.push((mount.target.clone(), volume));
-        }
     }
     // Made here, while that can be done, and over the mounts.
     let cwd = &start.process.cwd;
@@ -58,7 +73,7 @@ pub fn enter(start: &Start) -> Result<Volumes, SetupError> {
         mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
             .context(|| "cannot make the root read-only".to_owned())?;
     }
-    Ok(Volumes(writable))
+    Ok(volumes.into_iter().flatten().collect())
 }
 
 fn mount_root(root: &Root) -> Result<(), SetupError> {
@@ -181,7 +196,8 @@ fn bind_file(file: &File, path: &str) -> Result<(), SetupError> {
 }
 
 /// Mounts the devices of volumes where the image cannot see them, before the move.
-fn mount_volumes(mounts: &[Mount]) -> Result<Vec<Option<File>>, SetupError> {
+/// One entry for each mount point: those that are no devices have none.
+fn mount_volumes(mounts: &[Mount]) -> Result<Vec<Option<Volume>>, SetupError> {
     let mut volumes = Vec::new();
     for (index, mount_point) in mounts.iter().enumerate() {
         let MountSource::Device { device, fs_type, copy_up } = &mount_point.source else {
@@ -194,15 +210,16 @@ fn mount_volumes(mounts: &[Mount]) -> Result<Vec<Option<File>>, SetupError> {
         let flags = if mount_point.read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
         mount(Some(device.as_str()), place.as_str(), Some(fs_type.as_str()), flags, None::<&str>)
             .context(|| format!("cannot mount the volume for {}", mount_point.target))?;
-        if *copy_up && !mount_point.read_only {
-            fill(Path::new(&place), &mount_point.target)?;
-        }
         let folder = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_DIRECTORY)
             .open(&place)
             .context(|| place.clone())?;
-        volumes.push(Some(folder));
+        let (target, read_only) = (mount_point.target.clone(), mount_point.read_only);
+        volumes.push(Some(Volume { target, read_only, folder }));
+        if *copy_up && !mount_point.read_only {
+            fill(Path::new(&place), &mount_point.target)?;
+        }
     }
     Ok(volumes)
 }
@@ -280,7 +297,7 @@ fn copy_attributes(from: &Path, to: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn mount_one(wanted: &Mount, volume: Option<&File>) -> Result<(), SetupError> {
+fn mount_one(wanted: &Mount, volume: Option<&Volume>) -> Result<(), SetupError> {
     let target = wanted.target.as_str();
     fs::create_dir_all(target).context(|| target.to_owned())?;
     match (&wanted.source, volume) {
@@ -290,25 +307,13 @@ fn mount_one(wanted: &Mount, volume: Option<&File>) -> Result<(), SetupError> {
             flags.set(MsFlags::MS_RDONLY, wanted.read_only);
             mount_kind("tmpfs", target, flags, &tmpfs_options(*size, *mode))
         }
-        (MountSource::Device { .. }, Some(folder)) => {
-            let source = format!("/proc/self/fd/{}", folder.as_raw_fd());
+        (MountSource::Device { .. }, Some(volume)) => {
+            let source = format!("/proc/self/fd/{}", volume.folder.as_raw_fd());
             mount(Some(source.as_str()), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)
                 .context(|| format!("cannot mount the volume for {target}"))
         }
         (MountSource::Device { .. }, None) => {
             Err(SetupError::setup(format!("the volume for {target} is not mounted")))
-        }
-    }
-}
-
-/// Leaves the file systems of volumes clean: one that is not cannot be mounted read-only next time.
-/// To be called when nothing writes any more.
-pub fn release(volumes: &Volumes) {
-    for (target, folder) in &volumes.0 {
-        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        let path = format!("/proc/self/fd/{}", folder.as_raw_fd());
-        if let Err(error) = mount(None::<&str>, path.as_str(), None::<&str>, flags, None::<&str>) {
-            crate::early::log(&format!("volume {target} is not clean: {error}"));
         }
     }
 }

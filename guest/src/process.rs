@@ -23,7 +23,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::error::{Context, SetupError};
-use crate::mounts::Volumes;
+use crate::mounts::Volume;
 use crate::users::Identity;
 use crate::{early, mounts, network, streams, users};
 
@@ -42,7 +42,7 @@ pub struct Process {
     terminal: Option<File>,
     pumps: Mutex<Vec<JoinHandle<()>>>,
     killed_before: u64,
-    volumes: Volumes,
+    volumes: Mutex<Vec<Volume>>,
 }
 
 /// How a process ended.
@@ -97,10 +97,15 @@ fn set_clock(nanoseconds: u64) {
     }
 }
 
+/// What the lock guards, also where a thread has panicked with it.
+fn taken<T: Default>(lock: &Mutex<T>) -> T {
+    std::mem::take(&mut *lock.lock().unwrap_or_else(|error| error.into_inner()))
+}
+
 fn spawn(
     description: &Description,
     streams: HashMap<Stream, File>,
-    volumes: Volumes,
+    volumes: Vec<Volume>,
 ) -> Result<Process, SetupError> {
     let Some((program, arguments)) = description.argv.split_first() else {
         return Err(SetupError::setup("no command specified"));
@@ -152,7 +157,7 @@ fn spawn(
         terminal,
         pumps: Mutex::new(pumps),
         killed_before,
-        volumes,
+        volumes: Mutex::new(volumes),
     })
 }
 
@@ -454,7 +459,8 @@ impl Process {
     }
 
     /// Waits for its end, reaping all that comes to us as PID 1 meanwhile, leaves its volumes clean,
-    /// and waits for its output to be with the host. With it the kernel ends every process of its namespace, so the output ends.
+    /// and waits for its output to be with the host. With it the kernel ends every process of its
+    /// namespace, so the output ends.
     pub fn wait(&self) -> End {
         let (status, killed) = loop {
             match waitpid(None, None) {
@@ -470,8 +476,8 @@ impl Process {
             }
         };
         // Before the output, which a host that does not read may keep for long.
-        mounts::release(&self.volumes);
-        let pumps = std::mem::take(&mut *self.pumps.lock().unwrap_or_else(|e| e.into_inner()));
+        drop(taken(&self.volumes));
+        let pumps = taken(&self.pumps);
         for pump in pumps {
             let _ = pump.join();
         }
