@@ -5,6 +5,7 @@ mod build;
 mod command;
 mod debian;
 mod demo;
+mod image;
 mod kernel;
 mod lab;
 mod test;

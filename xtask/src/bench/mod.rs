@@ -4,6 +4,7 @@
 //! not see cache misses, nor what a real exit to the host costs.
 
 mod measure;
+mod monitor;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -11,51 +12,77 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum as _;
+use serde::{Deserialize, Serialize};
 
 use crate::command::{output, run, target};
+use crate::image::{self, Image};
 use crate::{build, kernel, lab};
 
 pub use measure::Arguments as MeasureArguments;
 pub use measure::measure;
 
-#[derive(clap::Args)]
-pub struct Arguments {
-    /// Only what is measured under this name: init, output, output-network, memory
-    name: Option<String>,
+/// What can be measured.
+#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq)]
+pub enum Name {
+    /// From exec of the monitor to the guest's init, with peers beside
+    Init,
+    /// Memory of the monitor and of its guest, with peers beside
+    Memory,
+    /// From `vmrun run --network none` to the program's first byte
+    Output,
+    /// The same with a network
+    OutputNetwork,
 }
 
-/// Runs the benchmarks and prints their table.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Only this
+    name: Option<Name>,
+}
+
+/// One measured value.
+#[derive(Serialize, Deserialize)]
+struct Figure {
+    monitor: String,
+    what: String,
+    #[serde(default)]
+    kernel: String,
+    value: f64,
+    unit: String,
+}
+
+/// Runs the benchmarks, prints their table, and leaves `table.md` and `figures.json`.
 pub fn bench(arguments: &Arguments) -> Result<()> {
     build::build()?;
     let folder = target().join("bench");
     fs::create_dir_all(&folder)?;
     let root = folder.join("root");
-    prepare(&root)?;
+    let image = prepare(&root)?;
     let mut kernels = Vec::new();
-    if let Some(path) = kernel::cached(false)? {
-        kernels.push(("built", import(&root, &path)?));
+    match kernel::cached(false)? {
+        Some(path) => kernels.push(("built", import(&root, &path)?)),
+        None => eprintln!("xtask: there is no built kernel (cargo xtask kernel): without it"),
     }
-    kernels.push(("Debian cloud", import(&root, &kernel::debian_cloud()?)?));
+    kernels.push(("Debian's cloud", import(&root, &kernel::debian_cloud()?)?));
 
-    let mut table = String::from("| figure | kernel | value |\n| --- | --- | ---: |\n");
+    let mut figures = Vec::new();
     for (name, kernel) in kernels {
         let result = folder.join("result");
         let _ = fs::remove_file(&result);
         let text = |path: &Path| path.display().to_string();
-        let own = std::env::current_exe()?;
-        let mut command = vec![
-            text(&own),
-            "measure".to_owned(),
-            "--root".to_owned(),
-            text(&root),
-            "--kernel".to_owned(),
-            kernel,
-            "--dist".to_owned(),
-            text(&build::dist()),
-            "--result".to_owned(),
-            text(&result),
-        ];
-        command.extend(arguments.name.clone());
+        let mut command = vec![text(&std::env::current_exe()?), "measure".to_owned()];
+        for (option, value) in [
+            ("--root", text(&root)),
+            ("--image", image.name.to_owned()),
+            ("--kernel", kernel),
+            ("--dist", text(&build::dist())),
+            ("--result", text(&result)),
+        ] {
+            command.extend([option.to_owned(), value]);
+        }
+        let wanted = arguments.name.and_then(|name| name.to_possible_value());
+        command.extend(wanted.map(|name| name.get_name().to_owned()));
         let lab = lab::Arguments {
             rw: vec![folder.clone()],
             count: true,
@@ -64,25 +91,29 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
         };
         let status = lab::run(&lab)?;
         ensure!(status == 0, "the measurement ended with status {status}");
-        for line in fs::read_to_string(&result).context("the measurement left no result")?.lines() {
-            let (what, value) = line.split_once(": ").unwrap_or((line, ""));
-            let _ = writeln!(table, "| {what} | {name} | {value} |");
-        }
+        let bytes = fs::read(&result).context("the measurement left no result")?;
+        let measured: Vec<Figure> = serde_json::from_slice(&bytes)?;
+        figures.extend(measured.into_iter().map(|figure| Figure { kernel: name.into(), ..figure }));
     }
+    let mut table = String::from("| | kernel | figure | |\n| --- | --- | --- | ---: |\n");
+    for Figure { monitor, what, kernel, value, unit } in &figures {
+        let digits = if unit.is_empty() { 0 } else { 1 };
+        let _ = writeln!(table, "| {monitor} | {kernel} | {what} | {value:.digits$} {unit} |");
+    }
+    fs::write(folder.join("figures.json"), serde_json::to_vec_pretty(&figures)?)?;
     fs::write(folder.join("table.md"), &table)?;
     println!("{table}");
     Ok(())
 }
 
-/// A state directory with one small image, as the end-to-end tests have it.
-fn prepare(root: &Path) -> Result<()> {
-    let archive = target().join("e2e/assets/base.oci.tar");
-    ensure!(archive.exists(), "there is no image to run: cargo xtask test --e2e makes it");
+/// A state directory with one small image.
+fn prepare(root: &Path) -> Result<Image> {
+    let image = image::busybox()?;
     run(Command::new(build::dist().join("vmrun"))
-        .args(["image", "pull", "-q"])
-        .arg(format!("oci-archive:{}", archive.display()))
+        .args(["image", "pull", "-q", &image.source])
         .env("VMRUN_ROOT", root)
-        .stdout(std::io::stderr()))
+        .stdout(std::io::stderr()))?;
+    Ok(image)
 }
 
 /// Imports a kernel; its name.

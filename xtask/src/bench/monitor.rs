@@ -1,0 +1,214 @@
+//! The monitors that are compared: each boots the same kernel and initramfs, on one processor with
+//! 128 MiB, and is watched from outside.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept, bind, listen, socket,
+};
+use serde_json::json;
+
+/// The vsock port on which the guest's init says that it listens.
+const READY_PORT: u32 = 1024;
+const MEMORY_MIB: u64 = 128;
+const CMDLINE: &str = "console=hvc0 quiet reboot=t panic=-1 8250.nr_uarts=0 \
+    random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check";
+/// How long a guest may take to its init, in the lab's milliseconds.
+const LIMIT_MS: u16 = 60_000;
+
+/// A program that boots micro-VMs.
+pub enum Monitor {
+    Vmrun(PathBuf),
+    Firecracker(PathBuf),
+    /// With its `microvm` machine.
+    Qemu,
+}
+
+impl Monitor {
+    /// Ours, and the peers that are here.
+    pub fn installed(vmrun_vmm: &Path) -> Vec<Monitor> {
+        let mut monitors = vec![Monitor::Vmrun(vmrun_vmm.to_owned())];
+        if let Some(path) = std::env::var_os("FIRECRACKER").filter(|path| !path.is_empty()) {
+            monitors.push(Monitor::Firecracker(path.into()));
+        }
+        if Path::new("/usr/bin/qemu-system-x86_64").exists() {
+            monitors.push(Monitor::Qemu);
+        }
+        monitors
+    }
+
+    pub fn name(&self) -> &'static str {
+        match self {
+            Monitor::Vmrun(_) => "vmrun-vmm",
+            Monitor::Firecracker(_) => "Firecracker",
+            Monitor::Qemu => "QEMU microvm",
+        }
+    }
+
+    /// Starts it, and returns when the guest's init listens.
+    pub fn boot(&self, kernel: &Path, initrd: &Path, work: &Path) -> Result<Boot> {
+        let notice = Notice::new(self, work)?;
+        let mut command = self.command(kernel, initrd, work)?;
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let started = Instant::now();
+        let mut boot = Boot { monitor: command.spawn()?, to_init: Duration::ZERO };
+        notice.wait()?;
+        boot.to_init = started.elapsed();
+        Ok(boot)
+    }
+
+    fn command(&self, kernel: &Path, initrd: &Path, work: &Path) -> Result<Command> {
+        let program = match self {
+            Monitor::Vmrun(program) | Monitor::Firecracker(program) => program,
+            Monitor::Qemu => {
+                let mut qemu = Command::new("qemu-system-x86_64");
+                qemu.args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off"])
+                    .args(["-accel", "kvm", "-cpu", "host", "-smp", "1"])
+                    .args(["-nodefaults", "-no-user-config", "-display", "none"])
+                    .args(["-m", &MEMORY_MIB.to_string(), "-append", CMDLINE])
+                    .arg("-kernel")
+                    .arg(kernel)
+                    .arg("-initrd")
+                    .arg(initrd)
+                    .args(["-device", "vhost-vsock-device,guest-cid=3"])
+                    .args(["-device", "virtio-rng-device"]);
+                return Ok(qemu);
+            }
+        };
+        let mut config = json!({
+            "boot-source": {
+                "kernel_image_path": kernel,
+                "initrd_path": initrd,
+                "boot_args": CMDLINE,
+            },
+            "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
+            "drives": [],
+            "vsock": { "guest_cid": 3, "uds_path": work.join("v") },
+            "entropy": {},
+        });
+        if let Monitor::Vmrun(_) = self {
+            // As the engine has it.
+            config["console"] = json!({ "serial": false, "output_path": work.join("console.log") });
+        }
+        let file = work.join("vm.json");
+        fs::write(&file, config.to_string())?;
+        let mut command = Command::new(program);
+        command.arg("--config-file").arg(&file).args(["--no-api", "--level", "Warn"]);
+        if let Monitor::Firecracker(_) = self {
+            // Its filters know the system calls of musl, with which few build it.
+            command.arg("--no-seccomp");
+        }
+        Ok(command)
+    }
+}
+
+/// Where the guest's init calls.
+enum Notice {
+    /// Firecracker's convention, which is ours.
+    Unix(UnixListener),
+    Vsock(std::os::fd::OwnedFd),
+}
+
+impl Notice {
+    fn new(monitor: &Monitor, work: &Path) -> Result<Notice> {
+        if let Monitor::Qemu = monitor {
+            let listener =
+                socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+            bind(listener.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, READY_PORT))?;
+            listen(&listener, Backlog::new(1)?)?;
+            return Ok(Notice::Vsock(listener));
+        }
+        let (socket, notice) = (work.join("v"), work.join(format!("v_{READY_PORT}")));
+        for path in [&socket, &notice] {
+            let _ = fs::remove_file(path);
+        }
+        Ok(Notice::Unix(UnixListener::bind(notice)?))
+    }
+
+    fn wait(&self) -> Result<()> {
+        use std::os::fd::AsFd;
+        let descriptor = match self {
+            Notice::Unix(listener) => listener.as_fd(),
+            Notice::Vsock(listener) => listener.as_fd(),
+        };
+        let ready = poll(&mut [PollFd::new(descriptor, PollFlags::POLLIN)], LIMIT_MS)?;
+        ensure!(ready == 1, "the guest's init does not call");
+        match self {
+            Notice::Unix(listener) => drop(listener.accept()?),
+            Notice::Vsock(listener) => nix::unistd::close(accept(listener.as_raw_fd())?)?,
+        }
+        Ok(())
+    }
+}
+
+/// Memory of a monitor's process (Pss), KiB.
+pub struct Memory {
+    pub own: u64,
+    pub guest: u64,
+}
+
+/// A monitor whose guest has come to its init. It does not outlive its measurement.
+pub struct Boot {
+    monitor: Child,
+    /// From the start of the monitor.
+    pub to_init: Duration,
+}
+
+impl Drop for Boot {
+    fn drop(&mut self) {
+        let _ = self.monitor.kill();
+        let _ = self.monitor.wait();
+    }
+}
+
+impl Boot {
+    /// How often the guest has left its processor, as KVM counted until now.
+    pub fn exits(&self) -> Result<Vec<(&'static str, u64)>> {
+        let begin = format!("{}-", self.monitor.id());
+        for entry in fs::read_dir("/sys/kernel/debug/kvm").context("KVM's statistics")? {
+            let entry = entry?;
+            if !entry.file_name().to_string_lossy().starts_with(&begin) {
+                continue;
+            }
+            let read = |name: &str| -> Result<u64> {
+                Ok(fs::read_to_string(entry.path().join(name))?.trim().parse()?)
+            };
+            return Ok(vec![
+                ("exits", read("exits")?),
+                ("port accesses", read("io_exits")?),
+                ("MMIO accesses", read("mmio_exits")?),
+            ]);
+        }
+        bail!("KVM has no statistics of the machine")
+    }
+
+    /// The process's memory now. What is mapped at least nearly as large as the guest's memory is
+    /// the guest's.
+    pub fn memory(&self) -> Result<Memory> {
+        let text = fs::read_to_string(format!("/proc/{}/smaps", self.monitor.id()))?;
+        let mut memory = Memory { own: 0, guest: 0 };
+        let mut in_guest = false;
+        for line in text.lines() {
+            let Some((name, value)) = line.split_once(':') else { continue };
+            let value = value.trim().trim_end_matches(" kB").parse();
+            match (name, value) {
+                ("Size", Ok(size)) => {
+                    let size: u64 = size;
+                    in_guest = size >= MEMORY_MIB * 1024 * 3 / 4;
+                }
+                ("Pss", Ok(pss)) if in_guest => memory.guest += pss,
+                ("Pss", Ok(pss)) => memory.own += pss,
+                _ => {}
+            }
+        }
+        ensure!(memory.guest > 0, "no mapping of the process is as large as the guest's memory");
+        Ok(memory)
+    }
+}
