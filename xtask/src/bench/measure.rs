@@ -62,6 +62,7 @@ pub fn measure(arguments: &Arguments) -> Result<()> {
         if !wanted(super::Name::Init) && !wanted(super::Name::Memory) {
             break;
         }
+        eprintln!("measure: {} with {}", monitor.name(), arguments.kernel);
         let boot = || lab.boot(&monitor);
         // Its files, and what it loads, are in the page cache from now on.
         drop(boot().with_context(|| format!("{} does not boot", monitor.name()))?);
@@ -84,6 +85,7 @@ pub fn measure(arguments: &Arguments) -> Result<()> {
         (super::Name::OutputNetwork, "vmrun run to the first byte", ["--network", "default"]),
     ] {
         if wanted(name) {
+            eprintln!("measure: {what} with {}", arguments.kernel);
             let time = middle(|| lab.first_byte(&flags))?;
             put("vmrun", what, milliseconds(time), "ms");
         }

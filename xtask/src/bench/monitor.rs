@@ -70,6 +70,7 @@ impl Monitor {
             Monitor::Qemu => {
                 let mut qemu = Command::new("qemu-system-x86_64");
                 qemu.args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off"])
+                    .args(["-global", "virtio-mmio.force-legacy=false"])
                     .args(["-accel", "kvm", "-cpu", "host", "-smp", "1"])
                     .args(["-nodefaults", "-no-user-config", "-display", "none"])
                     .args(["-m", &MEMORY_MIB.to_string(), "-append", CMDLINE])
