@@ -39,6 +39,9 @@ enum Task {
     /// What the benchmarks run inside the lab
     #[command(hide = true)]
     Measure(bench::MeasureArguments),
+    /// What the lab's machine keeps in the background
+    #[command(hide = true)]
+    KeepVm,
 }
 
 fn main() -> ExitCode {
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         }),
         Task::Bench(arguments) => bench::bench(&arguments).map(|()| 0),
         Task::Measure(arguments) => bench::measure(&arguments).map(|()| 0),
+        Task::KeepVm => lab::keep_vm().map(|()| 0),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -1,8 +1,11 @@
 //! `cargo xtask test`: everything, in the order in which it fails fastest.
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::Stdio;
+use std::io::Seek;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -25,8 +28,8 @@ const UNIT_TOOLS: [&str; 8] = [
 const IMAGE_TOOLS: [&str; 7] =
     ["buildah", "umoci", "mmdebstrap", "busybox-static", "procps", "util-linux", "libcap2-bin"];
 
-/// The end-to-end tests, each group on a machine of its own.
-const GROUPS: [&str; 4] = ["faults::", "images::", "network::", "process::"];
+/// The end-to-end tests, each group on a machine of its own; those that take longest first.
+const GROUPS: [&str; 4] = ["process::", "images::", "network::", "faults::"];
 /// How often a machine may die under a group before that counts as a failure.
 const MACHINES: u32 = 3;
 
@@ -109,31 +112,62 @@ fn test_program() -> Result<PathBuf> {
     bail!("cargo named no test program")
 }
 
-fn end_to_end(assets: &std::path::Path, filter: &str) -> Result<()> {
+/// Runs the groups, two at a time where each has a machine of its own.
+fn end_to_end(assets: &Path, filter: &str) -> Result<()> {
     let program = test_program()?;
-    if lab::needs_machine() {
+    let machines = lab::needs_machine();
+    if machines {
         eprintln!("xtask: this host's KVM cannot boot Linux: the tests run in the lab");
     }
     let groups = if filter.is_empty() { GROUPS.to_vec() } else { vec![filter] };
-    for group in groups {
-        let command = vec![
-            "env".to_owned(),
-            format!("VMRUN_E2E_ASSETS={}", assets.display()),
-            program.display().to_string(),
-            // Each machine has its own processors to emulate.
-            "--test-threads=2".to_owned(),
-            group.to_owned(),
-        ];
-        let arguments = lab::Arguments { mem: 6144, timeout: 1200, ..lab::Arguments::new(command) };
-        let mut status = lab::run(&arguments)?;
-        // An emulated machine that dies says nothing of the tests. They leave nothing behind on it.
-        for _ in 1..MACHINES {
-            if status == lab::FAILURE {
-                eprintln!("xtask: the lab's machine died; the tests of {group} begin again");
-                status = lab::run(&arguments)?;
+    let at_once = if machines { thread::available_parallelism()?.get().min(2) } else { 1 };
+    let (waiting, failed) = (Mutex::new(groups.iter()), Mutex::new(Vec::new()));
+    let work = || {
+        loop {
+            let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some(group) = next else { return };
+            if let Err(error) = run_group(&program, assets, group) {
+                eprintln!("xtask: {error:#}");
+                failed.lock().unwrap_or_else(PoisonError::into_inner).push(*group);
             }
         }
-        ensure!(status == 0, "the end-to-end tests of {group} ended with status {status}");
+    };
+    thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(work);
+        }
+    });
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+    ensure!(failed.is_empty(), "not all passed of {}", failed.join(" "));
+    Ok(())
+}
+
+/// Runs the tests of a group in the lab, in a process of its own, and shows what they said.
+fn run_group(program: &Path, assets: &Path, group: &str) -> Result<()> {
+    let started = Instant::now();
+    for machine in 1..=MACHINES {
+        let mut said = tempfile::tempfile()?;
+        let status = Command::new(std::env::current_exe()?)
+            .args(["lab", "--mem", "6144", "--timeout", "1200", "--", "env"])
+            .arg(format!("VMRUN_E2E_ASSETS={}", assets.display()))
+            .arg(program)
+            // Half of a test is waiting for a guest.
+            .args(["--test-threads=2", group])
+            .stdin(Stdio::null())
+            .stdout(said.try_clone()?)
+            .stderr(said.try_clone()?)
+            .status()?;
+        said.rewind()?;
+        std::io::copy(&mut said, &mut std::io::stderr().lock())?;
+        eprintln!("xtask: {group} {status}, {} s", started.elapsed().as_secs());
+        match status.code() {
+            Some(0) => return Ok(()),
+            // An emulated machine that dies says nothing of the tests. They leave nothing behind on it.
+            Some(code) if code == i32::from(lab::FAILURE) && machine < MACHINES => {
+                eprintln!("xtask: the lab's machine died; the tests of {group} begin again");
+            }
+            _ => bail!("the end-to-end tests of {group} ended with {status}"),
+        }
     }
     Ok(())
 }

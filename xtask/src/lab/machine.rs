@@ -170,6 +170,14 @@ fn write_job(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<()> {
     let early_overlay = boot.modules.as_ref().map_or_else(String::new, |folder| {
         format!("/sbin/modprobe -d {} overlay\n", shell_word(&folder.to_string_lossy()))
     });
+    // A machine with one processor has none that executes what another patches.
+    let keeper = match processors(arguments) {
+        1 => String::new(),
+        _ => format!(
+            "mkfifo /run/kept; {} keep-vm >/run/kept & read kept </run/kept\n",
+            shell_word(&std::env::current_exe()?.to_string_lossy())
+        ),
+    };
     let job_path = shell_word(&job.to_string_lossy());
     // The second half runs in the new root, reached by pivot_root: in a chroot the kernel refuses
     // user namespaces.
@@ -189,7 +197,7 @@ fn write_job(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<()> {
         mkdir -p /dev/pts /dev/shm; mount -t devpts devpts /dev/pts; mount -t tmpfs -o mode=1777 tmpfs /dev/shm\n\
         mount -t tmpfs -o mode=755 tmpfs /run\n\
         mount -t cgroup2 cgroup2 /sys/fs/cgroup; mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null\n\
-        {modules}ip link set lo up; hostname lab\n{mounts}\
+        {modules}{keeper}ip link set lo up; hostname lab\n{mounts}\
         mkdir -p {job_path}; mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none job {job_path}\n\
         cd {job_path}; echo > begun\n\
         if [ -n \"$failed\" ]; then echo \"xtask: the lab cannot mount$failed\" >/dev/hvc1; (exit {FAILURE})\n\
@@ -274,6 +282,11 @@ impl Follower {
     }
 }
 
+/// Instructions are counted on one processor alone.
+fn processors(arguments: &Arguments) -> u32 {
+    if arguments.count { 1 } else { arguments.cpus }
+}
+
 fn start(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<Machine> {
     let follow = |name: &str| -> Result<Follower> {
         let path = job.join(name);
@@ -281,7 +294,7 @@ fn start(arguments: &Arguments, boot: &Boot, job: &Path) -> Result<Machine> {
         Ok(Follower { path, done: 0 })
     };
     let (output, error) = (follow("output")?, follow("error")?);
-    let cpus = if arguments.count { 1 } else { arguments.cpus };
+    let cpus = processors(arguments);
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-M", "q35", "-cpu", "max", "-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-no-reboot", "-m", &arguments.mem.to_string(), "-smp", &cpus.to_string()]);

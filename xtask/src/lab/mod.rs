@@ -4,6 +4,7 @@
 //! emulates, with AMD SVM: the host's whole file system is its root, read-only below a tmpfs, so
 //! that what was built outside runs inside at the same path.
 
+mod keeper;
 mod machine;
 mod probe;
 
@@ -14,6 +15,8 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::build;
+
+pub use keeper::keep as keep_vm;
 
 /// Exit status of the lab's own failures.
 pub const FAILURE: u8 = 125;
@@ -31,8 +34,8 @@ pub struct Arguments {
     /// Memory of the machine
     #[arg(long, value_name = "MiB", default_value_t = 3072)]
     pub mem: u32,
-    /// Processors of the machine
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    /// Processors of the machine; several are emulated with now and then a fault
+    #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
     /// Count instructions instead of time: 1 ns each, on one processor
     #[arg(long)]
@@ -55,7 +58,7 @@ impl Arguments {
             share: Vec::new(),
             rw: Vec::new(),
             mem: 3072,
-            cpus: 2,
+            cpus: 1,
             count: false,
             force_vm: false,
             timeout: 1800,
