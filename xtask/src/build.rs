@@ -9,6 +9,7 @@ use crate::command::{cargo, root, run, target};
 use crate::kernel;
 
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+const STATIC: &str = "-C target-feature=+crt-static";
 
 /// Where the programs are after a build.
 pub fn dist() -> PathBuf {
@@ -17,16 +18,19 @@ pub fn dist() -> PathBuf {
 
 /// Builds the programs, and puts the micro-VM kernel beside them where one was built.
 pub fn build() -> Result<()> {
-    // Naming the target keeps the flag away from build scripts and procedural macros.
-    run(cargo()
-        .args(["build", "--release", "--target", TRIPLE])
-        .args(["-p", "vmrun", "-p", "vmm", "-p", "guest"])
-        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static"))?;
     let folder = dist();
     fs::create_dir_all(&folder)?;
-    let built = target().join(TRIPLE).join("release");
-    for program in ["vmrun", "vmrun-vmm", "vmrun-init"] {
-        place(&built.join(program), &folder.join(program))?;
+    let programs = [
+        ("release", "vmrun", "vmrun"),
+        ("release", "vmm", "vmrun-vmm"),
+        ("init", "guest", "vmrun-init"),
+    ];
+    for (profile, package, program) in programs {
+        // Naming the target keeps the flag away from build scripts and procedural macros.
+        run(cargo()
+            .args(["build", "--profile", profile, "--target", TRIPLE, "-p", package])
+            .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", STATIC))?;
+        place(&target().join(TRIPLE).join(profile).join(program), &folder.join(program))?;
     }
     if let Some(vmlinux) = kernel::cached(false)? {
         place(&vmlinux, &folder.join("vmlinux"))?;
