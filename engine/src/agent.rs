@@ -23,6 +23,16 @@ const SEND_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// A socket cannot be made.
+    #[error(
+        "cannot make a socket at {path}: {error}; name a --root with a shorter path, on a file system of this host"
+    )]
+    Listen {
+        /// Its path.
+        path: PathBuf,
+        /// What the host says.
+        error: io::Error,
+    },
+    /// A socket cannot be reached.
     #[error("{path}: {error}")]
     Socket {
         /// Its path.
@@ -63,7 +73,7 @@ impl Ready {
         path.push(format!("_{READY_PORT}"));
         let path = PathBuf::from(path);
         let listener = UnixListener::bind(&path)
-            .map_err(|error| AgentError::Socket { path: path.clone(), error })?;
+            .map_err(|error| AgentError::Listen { path: path.clone(), error })?;
         Ok(Ready { listener, path })
     }
 

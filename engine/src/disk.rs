@@ -66,7 +66,9 @@ pub fn make(paths: &Paths, size: u64, target: &Path) -> Result<(), DiskError> {
     }
     let folder = target.parent().unwrap_or(Path::new("."));
     let copy = tempfile::NamedTempFile::new_in(folder).map_err(at(target))?;
-    copy_sparse(&template, copy.as_file()).map_err(at(target))?;
+    if !copy_sparse(&template, copy.as_file()).map_err(at(target))? {
+        format(copy.path())?;
+    }
     copy.persist_noclobber(target).map(drop).map_err(|error| at(target)(error.error))
 }
 
@@ -96,8 +98,9 @@ fn program_path() -> String {
     format!("{path}:/usr/sbin:/sbin")
 }
 
-/// Copies a sparse file's data, a few blocks, and leaves its holes.
-fn copy_sparse(from: &Path, target: &File) -> io::Result<()> {
+/// Copies a sparse file's data, a few blocks, and leaves its holes; false where its file system (9p,
+/// some network ones) does not tell data from holes, and all of it would be copied.
+fn copy_sparse(from: &Path, target: &File) -> io::Result<bool> {
     let source = File::open(from)?;
     let size = source.metadata()?.len();
     target.set_len(size)?;
@@ -106,12 +109,15 @@ fn copy_sparse(from: &Path, target: &File) -> io::Result<()> {
         let found = unsafe { libc::lseek(source.as_raw_fd(), offset as libc::off_t, whence) };
         if found >= 0 { Ok(found as u64) } else { Err(io::Error::last_os_error()) }
     };
+    if seek(0, libc::SEEK_HOLE)? == size {
+        return Ok(false);
+    }
     let mut buffer = vec![0; 256 << 10];
     let mut offset = 0;
     loop {
         let start = match seek(offset, libc::SEEK_DATA) {
             // Nothing but a hole is left.
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(true),
             other => other?,
         };
         let end = seek(start, libc::SEEK_HOLE)?;

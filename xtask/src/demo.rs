@@ -66,9 +66,7 @@ pub fn demo() -> Result<()> {
         "-c",
         script,
     ];
-    let mut arguments =
-        lab::Arguments::new(command.iter().map(|word| (*word).to_owned()).collect());
-    arguments.rw.push(folder);
+    let arguments = lab::Arguments::new(command.iter().map(|word| (*word).to_owned()).collect());
     let status = lab::run(&arguments)?;
     timed("run it (the lab's own start included, where there is one)", started);
 
