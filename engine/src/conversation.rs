@@ -54,6 +54,7 @@ impl Conversation<'_> {
             self.outputs.push(output.map_err(RunError::Stdio)?);
         }
         let main = start.process.id;
+        self.forwarding.asked();
         control.send(&Request::Start(Box::new(start)))?;
         loop {
             match control.receive()? {
@@ -142,7 +143,7 @@ mod tests {
         });
         let (machine, _held): (OwnedFd, OwnedFd) = nix::unistd::pipe().unwrap();
         let mut control = Control::open(&vsock, machine.as_fd()).unwrap();
-        let forwarding = Forwarding::idle();
+        let forwarding = Forwarding::idle(machine.try_clone().unwrap());
         let (mut outputs, mut started) = (Vec::new(), false);
         let conversation = Conversation {
             vsock: &vsock,

@@ -88,6 +88,9 @@ enum Phase {
     /// Nothing runs yet: they are for us.
     #[default]
     Starting,
+    /// The process was asked for, and may run before the agent's word of it is here: its first
+    /// signal waits for that. A second one is for us, should the word never come.
+    Asked(Option<Signal>),
     /// The process.
     Running(Control, u32),
     /// Nobody: the process has ended, and the machine is about to.
@@ -102,8 +105,11 @@ struct State {
 }
 
 /// Carries bytes and signals.
+#[derive(Clone)]
 pub struct Forwarding {
     state: Arc<Mutex<State>>,
+    /// The VMM's pidfd.
+    machine: Arc<OwnedFd>,
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
@@ -115,24 +121,34 @@ impl Forwarding {
     /// machine.
     pub fn start(machine: OwnedFd, signals: bool) -> io::Result<Forwarding> {
         let state = Arc::new(Mutex::new(State::default()));
-        let shared = state.clone();
+        let forwarding = Forwarding { state, machine: Arc::new(machine) };
+        let Forwarding { state, machine } = forwarding.clone();
         thread::Builder::new().stack_size(256 << 10).spawn(move || {
             while let Ok(signal) = watched().wait() {
-                forward(&shared, signal, machine.as_fd(), signals);
+                forward(&state, signal, machine.as_fd(), signals);
             }
         })?;
-        Ok(Forwarding { state })
+        Ok(forwarding)
     }
 
     /// One that no signal reaches.
     #[cfg(test)]
-    pub(crate) fn idle() -> Forwarding {
-        Forwarding { state: Arc::default() }
+    pub(crate) fn idle(machine: OwnedFd) -> Forwarding {
+        Forwarding { state: Arc::default(), machine: Arc::new(machine) }
+    }
+
+    /// The process is about to be asked for.
+    pub fn asked(&self) {
+        lock(&self.state).phase = Phase::Asked(None);
     }
 
     /// The process runs: signals are its own from now on.
     pub fn started(&self, control: Control, process: u32, terminal: Option<WindowSize>) {
-        lock(&self.state).phase = Phase::Running(control, process);
+        let running = Phase::Running(control, process);
+        let before = std::mem::replace(&mut lock(&self.state).phase, running);
+        if let Phase::Asked(Some(signal)) = before {
+            forward(&self.state, signal, self.machine.as_fd(), true);
+        }
         // The size may have changed since the machine was described.
         if let Some(size) = window_size()
             && terminal.is_some_and(|before| before != size)
@@ -188,6 +204,7 @@ fn forward(state: &Mutex<State>, signal: Signal, machine: BorrowedFd<'_>, signal
     let mut state = lock(state);
     match &mut state.phase {
         Phase::Over => {}
+        Phase::Asked(waiting @ None) if signals => *waiting = Some(signal),
         Phase::Running(control, process) if signals => {
             let request =
                 Request::Signal { process: *process, signal: signal as i32, group: false };
@@ -319,5 +336,24 @@ mod tests {
         let status = child.wait().unwrap();
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
         assert_eq!(lock(&state).interrupted, Some(2));
+    }
+
+    #[test]
+    fn a_signal_before_the_agents_word_waits_for_it_and_a_second_does_not() {
+        let (machine, _held): (OwnedFd, OwnedFd) = nix::unistd::pipe().unwrap();
+        let forwarding = Forwarding::idle(machine);
+        let send = |signal| forward(&forwarding.state, signal, forwarding.machine.as_fd(), true);
+        forwarding.asked();
+        send(Signal::SIGINT);
+        assert_eq!(forwarding.interrupted(), None);
+        let (ours, mut agents) = UnixStream::pair().unwrap();
+        forwarding.started(Control::over(ours), 3, None);
+        let request: Request = agent_protocol::read_frame(&mut agents).unwrap().unwrap();
+        assert_eq!(request, Request::Signal { process: 3, signal: 2, group: false });
+
+        forwarding.asked();
+        send(Signal::SIGTERM);
+        send(Signal::SIGINT);
+        assert_eq!(forwarding.interrupted(), Some(2));
     }
 }

@@ -6,3 +6,4 @@ mod faults;
 mod images;
 mod network;
 mod process;
+mod terminal;
