@@ -13,6 +13,7 @@ use linux_loader::loader::elf::start_info::{
 use linux_loader::loader::{BzImage, Elf, KernelLoader, PvhBootCapability};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+use crate::image_file::ImageFile;
 use crate::{GuestMemory, layout, memory};
 
 /// How the boot processor enters the kernel.
@@ -95,16 +96,17 @@ pub fn load_kernel(memory: &GuestMemory, image: &mut File) -> Result<LoadedKerne
     let is_bzimage = image.seek(SeekFrom::Start(0x202)).is_ok()
         && image.read_exact(&mut header).is_ok()
         && &header == b"HdrS";
+    let mut image = ImageFile { file: image, memory };
     if &magic == b"\x7fELF" {
-        load_elf(memory, image)
+        load_elf(memory, &mut image)
     } else if is_bzimage {
-        load_bzimage(memory, image)
+        load_bzimage(memory, &mut image)
     } else {
         Err(BootError::UnknownFormat)
     }
 }
 
-fn load_elf(memory: &GuestMemory, image: &mut File) -> Result<LoadedKernel, BootError> {
+fn load_elf(memory: &GuestMemory, image: &mut ImageFile) -> Result<LoadedKernel, BootError> {
     let high = GuestAddress(layout::HIGH_RAM);
     let loaded = Elf::load(memory, None, image, Some(high)).map_err(BootError::Load)?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
@@ -116,7 +118,7 @@ fn load_elf(memory: &GuestMemory, image: &mut File) -> Result<LoadedKernel, Boot
     Ok(LoadedKernel { entry: Entry::Pvh(entry), end: loaded.kernel_end, setup: None })
 }
 
-fn load_bzimage(memory: &GuestMemory, image: &mut File) -> Result<LoadedKernel, BootError> {
+fn load_bzimage(memory: &GuestMemory, image: &mut ImageFile) -> Result<LoadedKernel, BootError> {
     /// First protocol version that tells of a 64-bit entry.
     const VERSION: u16 = 0x020c;
     /// `XLF_KERNEL_64`.
@@ -173,7 +175,7 @@ pub fn load_initramfs(
         .ok_or(BootError::InitramfsTooLarge { size })?;
     let address = GuestAddress(address);
     memory
-        .read_exact_volatile_from(address, image, size as usize)
+        .read_exact_volatile_from(address, &mut ImageFile { file: image, memory }, size as usize)
         .map_err(|error| BootError::ReadInitramfs(error.to_string()))?;
     Ok(Initramfs { address, size })
 }

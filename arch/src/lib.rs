@@ -6,6 +6,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod cpuid;
+mod image_file;
 pub mod layout;
 pub mod memory;
 pub mod registers;

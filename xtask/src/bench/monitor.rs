@@ -69,7 +69,7 @@ impl Monitor {
             Monitor::Vmrun(program) | Monitor::Firecracker(program) => program,
             Monitor::Qemu => {
                 let mut qemu = Command::new("qemu-system-x86_64");
-                qemu.args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off"])
+                qemu.args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=on"])
                     .args(["-global", "virtio-mmio.force-legacy=false"])
                     .args(["-accel", "kvm", "-cpu", "host", "-smp", "1"])
                     .args(["-nodefaults", "-no-user-config", "-display", "none"])
