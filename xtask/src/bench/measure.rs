@@ -58,7 +58,7 @@ pub fn measure(arguments: &Arguments) -> Result<()> {
         figures.push(Figure { monitor, what, kernel: String::new(), value, unit });
     };
     let wanted = |name| arguments.name.is_none_or(|wanted| wanted == name);
-    for monitor in Monitor::installed(&work.path().join("dist/vmrun-vmm")) {
+    for monitor in Monitor::installed(&work.path().join("dist/vmrun-vmm"), work.path())? {
         if !wanted(super::Name::Init) && !wanted(super::Name::Memory) {
             break;
         }

@@ -15,11 +15,14 @@ use nix::sys::socket::{
 };
 use serde_json::json;
 
+use crate::command::{output, run};
+
 /// The vsock port on which the guest's init says that it listens.
 const READY_PORT: u32 = 1024;
 const MEMORY_MIB: u64 = 128;
 const CMDLINE: &str = "console=hvc0 quiet reboot=t panic=-1 8250.nr_uarts=0 \
     random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check";
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// How long a guest may take to its init, in the lab's milliseconds.
 const LIMIT_MS: u16 = 60_000;
 
@@ -27,28 +30,38 @@ const LIMIT_MS: u16 = 60_000;
 pub enum Monitor {
     Vmrun(PathBuf),
     Firecracker(PathBuf),
-    /// With its `microvm` machine.
-    Qemu,
+    /// With its `microvm` machine; a folder with all that it loads.
+    Qemu(PathBuf),
 }
 
 impl Monitor {
-    /// Ours, and the peers that are here.
-    pub fn installed(vmrun_vmm: &Path) -> Vec<Monitor> {
+    /// Ours, and the peers that are here, with what they load below `work`: what is read from the
+    /// host in between is time that nobody executes instructions in.
+    pub fn installed(vmrun_vmm: &Path, work: &Path) -> Result<Vec<Monitor>> {
         let mut monitors = vec![Monitor::Vmrun(vmrun_vmm.to_owned())];
         if let Some(path) = std::env::var_os("FIRECRACKER").filter(|path| !path.is_empty()) {
-            monitors.push(Monitor::Firecracker(path.into()));
+            let copy = work.join("firecracker");
+            fs::copy(&path, &copy).with_context(|| path.display().to_string())?;
+            monitors.push(Monitor::Firecracker(copy));
         }
-        if Path::new("/usr/bin/qemu-system-x86_64").exists() {
-            monitors.push(Monitor::Qemu);
+        let qemu = Path::new(QEMU);
+        if qemu.exists() {
+            let folder = work.join("qemu");
+            fs::create_dir(&folder)?;
+            let libraries = output(Command::new("ldd").arg(qemu))?;
+            let libraries = libraries.split_whitespace().filter(|word| word.starts_with('/'));
+            run(Command::new("cp").arg("-L").args(libraries).arg(qemu).arg(&folder))?;
+            run(Command::new("cp").args(["-rL", "/usr/share/qemu"]).arg(folder.join("share")))?;
+            monitors.push(Monitor::Qemu(folder));
         }
-        monitors
+        Ok(monitors)
     }
 
     pub fn name(&self) -> &'static str {
         match self {
             Monitor::Vmrun(_) => "vmrun-vmm",
             Monitor::Firecracker(_) => "Firecracker",
-            Monitor::Qemu => "QEMU microvm",
+            Monitor::Qemu(_) => "QEMU microvm",
         }
     }
 
@@ -67,8 +80,10 @@ impl Monitor {
     fn command(&self, kernel: &Path, initrd: &Path, work: &Path) -> Result<Command> {
         let program = match self {
             Monitor::Vmrun(program) | Monitor::Firecracker(program) => program,
-            Monitor::Qemu => {
-                let mut qemu = Command::new("qemu-system-x86_64");
+            Monitor::Qemu(folder) => {
+                let mut qemu = Command::new(folder.join("ld-linux-x86-64.so.2"));
+                qemu.arg("--library-path").arg(folder).arg(folder.join("qemu-system-x86_64"));
+                qemu.arg("-L").arg(folder.join("share"));
                 qemu.args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=on"])
                     .args(["-global", "virtio-mmio.force-legacy=false"])
                     .args(["-accel", "kvm", "-cpu", "host", "-smp", "1"])
@@ -119,7 +134,7 @@ enum Notice {
 
 impl Notice {
     fn new(monitor: &Monitor, work: &Path) -> Result<Notice> {
-        if let Monitor::Qemu = monitor {
+        if let Monitor::Qemu(_) = monitor {
             let listener =
                 socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
             bind(listener.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, READY_PORT))?;
