@@ -23,11 +23,23 @@ const COMPAT_CHECKSUM_AND_MTIME: u32 = 3;
 /// Index of a node in a [`Tree`].
 pub type Id = usize;
 
+/// What a directory has, by name.
+pub type Entries = BTreeMap<Box<[u8]>, Entry>;
+
+/// A name of a node.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry {
+    /// Which node.
+    pub id: Id,
+    /// The layer which last brought this name, or one below it.
+    pub layer: u32,
+}
+
 /// What a node is.
 #[derive(Debug, Clone)]
 pub enum Content {
-    /// Its entries by name, without `.` and `..`.
-    Directory(BTreeMap<Box<[u8]>, Id>),
+    /// Its entries, without `.` and `..`.
+    Directory(Entries),
     /// Bytes, and the first block of the data.
     File {
         /// Bytes.
@@ -65,8 +77,6 @@ pub struct Node {
     pub mtime_nsec: u32,
     /// Extended attributes.
     pub xattrs: Box<[Xattr]>,
-    /// The layer which last named this node or something below it.
-    pub layer: u32,
     /// How many names lead here.
     pub links: u32,
 }
@@ -198,8 +208,8 @@ impl Writer {
                 Content::Directory(entries) => {
                     nlink = 2;
                     for child in entries.values() {
-                        queue.push_back((*child, id));
-                        let child = tree.nodes.get(*child).ok_or_else(broken)?;
+                        queue.push_back((child.id, id));
+                        let child = tree.nodes.get(child.id).ok_or_else(broken)?;
                         nlink += u32::from(matches!(child.content, Content::Directory(_)));
                     }
                     (directory_size(entries), true)
@@ -361,7 +371,7 @@ fn inode(node: &Node, item: &Item, xattrs: u64) -> io::Result<Vec<u8>> {
 }
 
 /// The names of a directory in EROFS's order, cut into blocks.
-fn directory_blocks<'a>(entries: &'a BTreeMap<Box<[u8]>, Id>) -> Vec<Vec<&'a [u8]>> {
+fn directory_blocks<'a>(entries: &'a Entries) -> Vec<Vec<&'a [u8]>> {
     let mut names: Vec<&'a [u8]> = entries.keys().map(|n| &**n).collect();
     names.extend([b".".as_slice(), b"..".as_slice()]);
     names.sort_unstable();
@@ -379,7 +389,7 @@ fn directory_blocks<'a>(entries: &'a BTreeMap<Box<[u8]>, Id>) -> Vec<Vec<&'a [u8
     all
 }
 
-fn directory_size(entries: &BTreeMap<Box<[u8]>, Id>) -> u64 {
+fn directory_size(entries: &Entries) -> u64 {
     let all = directory_blocks(entries);
     let last: u64 = all.last().map_or(0, |b| b.iter().map(|n| 12 + n.len() as u64).sum());
     (all.len() as u64).saturating_sub(1) * BLOCK + last
@@ -390,7 +400,7 @@ fn directory(
     plan: &Plan,
     id: Id,
     parent: Id,
-    entries: &BTreeMap<Box<[u8]>, Id>,
+    entries: &Entries,
 ) -> io::Result<Vec<u8>> {
     let mut out = Vec::new();
     for block in directory_blocks(entries) {
@@ -400,7 +410,7 @@ fn directory(
             let child = match *name {
                 b"." => id,
                 b".." => parent,
-                name => *entries.get(name).ok_or_else(broken)?,
+                name => entries.get(name).ok_or_else(broken)?.id,
             };
             let nid = plan.nids.get(child).copied().flatten().ok_or_else(broken)?;
             let kind = match tree.nodes.get(child).ok_or_else(broken)?.content {

@@ -16,13 +16,15 @@
 //! - `trusted.overlay.*` and `user.overlay.*` are left out, since they would steer the guest's
 //!   overlayfs. Attributes which EROFS has no prefix for are refused.
 //! - mtimes may be negative; one beyond 64 bits is refused.
-//! - Refused for now: PAX sparse files, and PAX records the tar crate cannot cut (an attribute
-//!   value with a newline in it). Old GNU sparse files become plain ones.
+//! - Sparse files, old GNU and PAX ones, have the size they unpack to; their holes are holes.
+//! - A numeric field of a header that is empty is 0.
 
+mod pax;
+mod sparse;
 #[cfg(test)]
 mod tests;
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
@@ -31,7 +33,10 @@ use std::rc::Rc;
 use sha2::{Digest, Sha256};
 use tar::EntryType;
 
-use crate::erofs::{self, Content, Id, Node, Tree, Writer, Xattr};
+use crate::erofs::{self, Content, Entries, Entry, Id, Node, Tree, Writer, Xattr};
+
+use pax::Extended;
+use sparse::{Expanded, SparseError};
 
 /// A layer, as an uncompressed tar stream.
 pub struct LayerStream {
@@ -128,7 +133,7 @@ pub fn convert(
     limits: &Limits,
 ) -> Result<Summary, ConvertError> {
     let mut merge = Merge {
-        tree: Tree { nodes: vec![directory(0)] },
+        tree: Tree { nodes: vec![directory()] },
         writer: Writer::new(output),
         limits,
         layer: 0,
@@ -148,7 +153,7 @@ pub fn convert(
     Ok(Summary { size, entries: merge.entries })
 }
 
-fn directory(layer: u32) -> Node {
+fn directory() -> Node {
     Node {
         content: Content::Directory(BTreeMap::new()),
         mode: 0o755,
@@ -157,25 +162,54 @@ fn directory(layer: u32) -> Node {
         mtime: 0,
         mtime_nsec: 0,
         xattrs: Box::default(),
-        layer,
         links: 1,
     }
 }
 
-/// Bounds what the tar crate reads while it looks for the next entry: it keeps long names and PAX
-/// records in memory.
+/// Bounds what the tar crate reads while it looks for the next entry, which it keeps in memory (long
+/// names, PAX records), and keeps it too.
 struct Metered<'a> {
     inner: &'a mut dyn Read,
-    budget: Rc<Cell<Option<u64>>>,
+    headers: Rc<RefCell<Headers>>,
+}
+
+#[derive(Default)]
+struct Headers {
+    /// Bytes that may still be read before the next entry; no bound within one.
+    budget: Option<u64>,
+    /// Bytes read of the whole stream.
+    position: u64,
+    /// The blocks in front of the entry, and its own.
+    blocks: Vec<u8>,
+    /// Bytes that still belong to the entry before.
+    padding: usize,
+}
+
+impl Headers {
+    /// The next bytes are headers, at most so many.
+    fn begin(&mut self, limit: u64) {
+        self.budget = Some(limit);
+        self.blocks.clear();
+        self.padding = (self.position.next_multiple_of(512) - self.position) as usize;
+    }
+
+    fn end(&mut self) {
+        self.budget = None;
+    }
 }
 
 impl Read for Metered<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buf)?;
-        if let Some(left) = self.budget.get() {
+        let headers = &mut *self.headers.borrow_mut();
+        headers.position += read as u64;
+        if let Some(left) = headers.budget {
             let left = left.checked_sub(read as u64);
             let left = left.ok_or_else(|| io::Error::other("the headers of an entry are too long"));
-            self.budget.set(Some(left?));
+            headers.budget = Some(left?);
+            let skipped = headers.padding.min(read);
+            headers.padding -= skipped;
+            headers.blocks.extend_from_slice(buf.get(skipped..read).unwrap_or_default());
         }
         Ok(read)
     }
@@ -193,6 +227,9 @@ fn refuse<T>(reason: impl Into<String>) -> Result<T, Refused> {
     Err(Refused::Policy(reason.into()))
 }
 
+/// Directories on the way from the root, each with its name in the one before.
+type Walked = Vec<(Id, Box<[u8]>)>;
+
 struct Merge<'a> {
     tree: Tree,
     writer: Writer,
@@ -204,9 +241,9 @@ struct Merge<'a> {
 
 impl Merge<'_> {
     fn layer(&mut self, digest: &str, reader: &mut dyn Read) -> Result<(), ConvertError> {
-        let budget = Rc::new(Cell::new(None));
+        let headers = Rc::new(RefCell::new(Headers::default()));
         let layer = digest.to_owned();
-        let mut archive = tar::Archive::new(Metered { inner: reader, budget: budget.clone() });
+        let mut archive = tar::Archive::new(Metered { inner: reader, headers: headers.clone() });
         let mut after = String::from("the start");
         let read = |after: &str, error| ConvertError::Read {
             layer: layer.clone(),
@@ -215,12 +252,14 @@ impl Merge<'_> {
         };
         let mut entries = archive.entries().map_err(|e| read(&after, e))?;
         loop {
-            budget.set(Some(self.limits.headers));
+            headers.borrow_mut().begin(self.limits.headers);
             let Some(entry) = entries.next() else { break };
             let mut entry = entry.map_err(|e| read(&after, e))?;
-            budget.set(None);
+            headers.borrow_mut().end();
             let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-            match self.entry(&mut entry) {
+            let extended =
+                Extended::parse(&headers.borrow().blocks).map_err(|m| Refused::Policy(m.into()));
+            match extended.and_then(|extended| self.entry(&mut entry, &extended)) {
                 Ok(()) => {}
                 Err(Refused::Policy(reason)) => {
                     return Err(ConvertError::Entry { layer, entry: name, reason });
@@ -235,13 +274,17 @@ impl Merge<'_> {
             io::copy(&mut entry, &mut io::sink()).map_err(|e| read(&name, e))?;
             after = name;
         }
-        budget.set(None);
+        headers.borrow_mut().end();
         // The caller's check of the digest needs every byte.
         io::copy(&mut archive.into_inner(), &mut io::sink()).map_err(|e| read(&after, e))?;
         Ok(())
     }
 
-    fn entry<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>) -> Result<(), Refused> {
+    fn entry<R: Read>(
+        &mut self,
+        entry: &mut tar::Entry<'_, R>,
+        extended: &Extended,
+    ) -> Result<(), Refused> {
         self.entries += 1;
         if self.entries > self.limits.entries {
             return Err(Refused::Limit("entries", self.limits.entries));
@@ -250,12 +293,13 @@ impl Merge<'_> {
         if kind == EntryType::XGlobalHeader {
             return Ok(());
         }
-        let path = self.components(&entry.path_bytes())?;
+        let names = Names::of(entry, extended)?;
+        let path = self.components(&names.path)?;
         let Some((name, parents)) = path.split_last() else {
             if kind != EntryType::Directory {
                 return refuse("the root must be a directory");
             }
-            let node = self.node(entry)?;
+            let node = self.node(entry, extended, &names)?;
             return self.place(None, node);
         };
         if name.as_slice() == b".wh..wh..opq" {
@@ -274,10 +318,9 @@ impl Merge<'_> {
         }
         let directory = self.parent(parents)?;
         if kind == EntryType::Link {
-            let target = entry.link_name_bytes().map(|t| t.into_owned()).unwrap_or_default();
-            return self.link(directory, name, &target);
+            return self.link(directory, name, &names.target);
         }
-        let node = self.node(entry)?;
+        let node = self.node(entry, extended, &names)?;
         self.place(Some((directory, name)), node)
     }
 
@@ -304,11 +347,15 @@ impl Merge<'_> {
         Ok(components)
     }
 
-    fn children(&mut self, id: Id) -> Option<&mut BTreeMap<Box<[u8]>, Id>> {
+    fn children(&mut self, id: Id) -> Option<&mut Entries> {
         match self.tree.nodes.get_mut(id).map(|n| &mut n.content) {
             Some(Content::Directory(entries)) => Some(entries),
             _ => None,
         }
+    }
+
+    fn child(&mut self, dir: Id, name: &[u8]) -> Option<Entry> {
+        self.children(dir).and_then(|entries| entries.get(name).copied())
     }
 
     fn add(&mut self, node: Node) -> Id {
@@ -316,40 +363,51 @@ impl Merge<'_> {
         self.tree.nodes.len() - 1
     }
 
-    /// The directory that `parents` lead to inside the root, made where missing.
+    /// The directory that `parents` lead to inside the root, made where missing; its names on the way
+    /// are this layer's from now on.
     fn parent(&mut self, parents: &[Vec<u8>]) -> Result<Id, Refused> {
+        let walked = self.walk(parents)?;
+        let layer = self.layer;
+        let mut above = 0;
+        for (id, name) in walked {
+            if let Some(entry) = self.children(above).and_then(|entries| entries.get_mut(&name)) {
+                entry.layer = layer;
+            }
+            above = id;
+        }
+        Ok(above)
+    }
+
+    /// The directories, with their names, that `parents` lead through from the root.
+    fn walk(&mut self, parents: &[Vec<u8>]) -> Result<Walked, Refused> {
         let mut todo: Vec<Vec<u8>> = parents.iter().rev().cloned().collect();
-        let mut walked: Vec<Id> = vec![0];
+        let mut walked = Walked::new();
         let mut symlinks = 0;
         while let Some(name) = todo.pop() {
             if name == b".." {
-                if walked.len() > 1 {
-                    walked.pop();
-                }
+                walked.pop();
                 continue;
             }
-            let here = walked.last().copied().unwrap_or(0);
-            let layer = self.layer;
-            let found = self.children(here).and_then(|c| c.get(name.as_slice()).copied());
-            let next = match found {
-                Some(id) => id,
+            let here = walked.last().map_or(0, |(id, _)| *id);
+            let next = match self.child(here, &name) {
+                Some(entry) => entry.id,
                 None => {
-                    let id = self.add(directory(layer));
+                    let (id, layer) = (self.add(directory()), self.layer);
                     if let Some(entries) = self.children(here) {
-                        entries.insert(name.as_slice().into(), id);
+                        entries.insert(name.as_slice().into(), Entry { id, layer });
                     }
                     id
                 }
             };
             match self.tree.nodes.get(next).map(|n| &n.content) {
-                Some(Content::Directory(_)) => walked.push(next),
+                Some(Content::Directory(_)) => walked.push((next, name.into())),
                 Some(Content::Symlink(target)) => {
                     symlinks += 1;
                     if symlinks > 40 {
                         return refuse("its parent leads through more than 40 symlinks");
                     }
                     if target.starts_with(b"/") {
-                        walked.truncate(1);
+                        walked.clear();
                     }
                     let parts = target.split(|b| *b == b'/');
                     let parts = parts.filter(|p| !p.is_empty() && *p != b".").map(<[u8]>::to_vec);
@@ -360,22 +418,17 @@ impl Merge<'_> {
                 }
                 _ => return refuse("its parent is not a directory"),
             }
-            if walked.len() > self.limits.depth {
+            if walked.len() >= self.limits.depth {
                 return Err(Refused::Limit("levels of directories", self.limits.depth as u64));
             }
         }
-        for id in &walked {
-            if let Some(node) = self.tree.nodes.get_mut(*id) {
-                node.layer = self.layer;
-            }
-        }
-        Ok(walked.last().copied().unwrap_or(0))
+        Ok(walked)
     }
 
     fn place(&mut self, at: Option<(Id, &[u8])>, node: Node) -> Result<(), Refused> {
         let existing = match at {
             None => Some(0),
-            Some((dir, name)) => self.children(dir).and_then(|c| c.get(name).copied()),
+            Some((dir, name)) => self.child(dir, name).map(|entry| entry.id),
         };
         if let Some(id) = existing
             && let Some(old) = self.tree.nodes.get_mut(id)
@@ -386,6 +439,12 @@ impl Merge<'_> {
         {
             let content = std::mem::replace(&mut old.content, Content::Fifo);
             *old = Node { content, ..node };
+            let layer = self.layer;
+            if let Some((dir, name)) = at
+                && let Some(entry) = self.children(dir).and_then(|entries| entries.get_mut(name))
+            {
+                entry.layer = layer;
+            }
             return Ok(());
         }
         let Some((dir, name)) = at else { return refuse("the root must be a directory") };
@@ -394,8 +453,9 @@ impl Merge<'_> {
     }
 
     fn enter(&mut self, dir: Id, name: &[u8], id: Id) -> Result<(), Refused> {
-        let old = self.children(dir).and_then(|c| c.insert(name.into(), id));
-        old.map_or(Ok(()), |old| self.unlink(old))
+        let entry = Entry { id, layer: self.layer };
+        let old = self.children(dir).and_then(|entries| entries.insert(name.into(), entry));
+        old.map_or(Ok(()), |old| self.unlink(old.id))
     }
 
     fn link(&mut self, dir: Id, name: &[u8], target: &[u8]) -> Result<(), Refused> {
@@ -408,22 +468,18 @@ impl Merge<'_> {
         let Some((last, parents)) = path.split_last() else {
             return refuse("a hard link to a directory");
         };
-        let from = self.parent(parents)?;
+        let from = self.walk(parents)?.last().map_or(0, |(id, _)| *id);
         if from == dir && last.as_slice() == name {
             return refuse("a hard link to itself");
         }
-        let Some(id) = self.children(from).and_then(|c| c.get(last.as_slice()).copied()) else {
+        let Some(Entry { id, .. }) = self.child(from, last) else {
             return refuse(format!(
                 "a hard link to {:?}, which no earlier entry brought",
                 String::from_utf8_lossy(target)
             ));
         };
-        let layer = self.layer;
         match self.tree.nodes.get_mut(id) {
-            Some(node) if !matches!(node.content, Content::Directory(_)) => {
-                node.links += 1;
-                node.layer = layer;
-            }
+            Some(node) if !matches!(node.content, Content::Directory(_)) => node.links += 1,
             _ => return refuse("a hard link to a directory"),
         }
         self.enter(dir, name, id)
@@ -439,7 +495,9 @@ impl Merge<'_> {
                 continue;
             }
             match std::mem::replace(&mut node.content, Content::Fifo) {
-                Content::Directory(entries) => todo.extend(entries.into_values()),
+                Content::Directory(entries) => {
+                    todo.extend(entries.into_values().map(|entry| entry.id))
+                }
                 Content::File { size, block } => {
                     self.writer.forget(block, size).map_err(Refused::Write)?;
                 }
@@ -450,47 +508,52 @@ impl Merge<'_> {
     }
 
     fn hide(&mut self, dir: Id, name: &[u8]) -> Result<(), Refused> {
-        let Some(id) = self.children(dir).and_then(|c| c.get(name).copied()) else {
-            return Ok(());
-        };
-        if self.tree.nodes.get(id).is_some_and(|n| n.layer == self.layer) {
-            return self.hide_below(id);
+        let Some(entry) = self.child(dir, name) else { return Ok(()) };
+        if entry.layer == self.layer {
+            return self.hide_below(entry.id);
         }
         if let Some(entries) = self.children(dir) {
             entries.remove(name);
         }
-        self.unlink(id)
+        self.unlink(entry.id)
     }
 
     /// Removes from `dir` what only lower layers brought. Not recursive: depth is the image's.
     fn hide_below(&mut self, dir: Id) -> Result<(), Refused> {
-        let mut todo = vec![dir];
+        let (layer, mut todo) = (self.layer, vec![dir]);
         while let Some(dir) = todo.pop() {
-            let names: Vec<(Box<[u8]>, Id)> = match self.children(dir) {
-                Some(entries) => entries.iter().map(|(n, id)| (n.clone(), *id)).collect(),
-                None => continue,
-            };
-            for (name, id) in names {
-                if self.tree.nodes.get(id).is_some_and(|n| n.layer == self.layer) {
-                    todo.push(id);
-                    continue;
+            let Some(entries) = self.children(dir) else { continue };
+            let mut hidden = Vec::new();
+            entries.retain(|_, entry| {
+                let kept = entry.layer == layer;
+                if kept {
+                    todo.push(entry.id)
+                } else {
+                    hidden.push(entry.id)
                 }
-                if let Some(entries) = self.children(dir) {
-                    entries.remove(&name);
-                }
+                kept
+            });
+            for id in hidden {
                 self.unlink(id)?;
             }
         }
         Ok(())
     }
 
-    fn node<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>) -> Result<Node, Refused> {
-        let pax = self.pax(entry)?;
+    fn node<R: Read>(
+        &mut self,
+        entry: &mut tar::Entry<'_, R>,
+        extended: &Extended,
+        names: &Names,
+    ) -> Result<Node, Refused> {
+        let pax = self.pax(extended, entry.size())?;
         let header = entry.header().clone();
         let bad = |what: &str| Refused::Policy(format!("its {what} is not a valid number"));
-        let id = |value: io::Result<u64>, what: &str| {
-            value.ok().and_then(|v| u32::try_from(v).ok()).ok_or_else(|| bad(what))
+        let id = |pax: Option<u64>, value: io::Result<u64>, field: &[u8], what: &str| {
+            let value = pax.or_else(|| value.ok()).or_else(|| empty(field));
+            value.and_then(|value| u32::try_from(value).ok()).ok_or_else(|| bad(what))
         };
+        let fields = header.as_old();
         let (mtime, mtime_nsec) = match pax.mtime {
             Some(mtime) => mtime,
             None => (header_mtime(&header).ok_or_else(|| bad("mtime"))?, 0),
@@ -505,13 +568,12 @@ impl Merge<'_> {
         };
         let mut node = Node {
             content: Content::Fifo,
-            mode: (header.mode().map_err(|_| bad("mode"))? & 0o7777) as u16,
-            uid: id(header.uid(), "uid")?,
-            gid: id(header.gid(), "gid")?,
+            mode: (id(None, header.mode().map(u64::from), &fields.mode, "mode")? & 0o7777) as u16,
+            uid: id(pax.uid, header.uid(), &fields.uid, "uid")?,
+            gid: id(pax.gid, header.gid(), &fields.gid, "gid")?,
             mtime,
             mtime_nsec,
             xattrs: pax.xattrs,
-            layer: self.layer,
             links: 1,
         };
         node.content = match header.entry_type() {
@@ -520,20 +582,28 @@ impl Merge<'_> {
             EntryType::Char => device().map(|(a, b)| Content::Char(a, b))?,
             EntryType::Block => device().map(|(a, b)| Content::Block(a, b))?,
             EntryType::Symlink => {
-                let target = entry.link_name_bytes().map(|t| t.into_owned()).unwrap_or_default();
+                let target = names.target.as_slice();
                 if target.is_empty() || target.contains(&0) || target.len() >= 4096 {
                     return refuse("the target of the symlink is empty, has a NUL or is too long");
                 }
                 Content::Symlink(target.into())
             }
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                let size = entry.size();
+                let map = sparse::map(extended, entry.size(), self.limits.headers, entry);
+                let map = map.map_err(|error| match error {
+                    SparseError::Map(reason) => Refused::Policy(reason.to_owned()),
+                    SparseError::Read(error) => Refused::Read(error),
+                })?;
+                let size = map.as_ref().map_or(entry.size(), |map| map.size);
                 self.bytes = self.bytes.saturating_add(size);
                 if self.bytes > self.limits.bytes {
                     return Err(Refused::Limit("bytes of file data", self.limits.bytes));
                 }
                 let mut source = Source { inner: entry, failed: false };
-                let written = self.writer.data(&mut source, size);
+                let written = match map {
+                    Some(map) => self.writer.data(&mut Expanded::new(&mut source, map), size),
+                    None => self.writer.data(&mut source, size),
+                };
                 let failed = source.failed;
                 let block = written.map_err(|e| {
                     match failed || e.kind() == io::ErrorKind::UnexpectedEof {
@@ -548,31 +618,26 @@ impl Merge<'_> {
         Ok(node)
     }
 
-    fn pax<R: Read>(&self, entry: &mut tar::Entry<'_, R>) -> Result<Pax, Refused> {
-        let mut pax = Pax { mtime: None, xattrs: Box::default() };
-        let Some(records) = entry.pax_extensions().map_err(Refused::Read)? else {
-            return Ok(pax);
-        };
+    /// What the records say of an entry that holds `stored` bytes.
+    fn pax(&self, extended: &Extended, stored: u64) -> Result<Pax, Refused> {
+        let mut pax = Pax { mtime: None, uid: None, gid: None, xattrs: Box::default() };
         let mut xattrs: BTreeMap<Box<[u8]>, Box<[u8]>> = BTreeMap::new();
-        for record in records {
-            // The crate falls back to the header's size when it cannot read the records; going on
-            // would let two readers see two archives (CVE-2025-62518).
-            let Ok(record) = record else {
-                return refuse("its PAX records cannot be read (or a value contains a newline)");
+        for (key, value) in &extended.records {
+            let number = || {
+                let number = std::str::from_utf8(value).ok().and_then(|v| v.parse::<u64>().ok());
+                number.ok_or(Refused::Policy("its PAX size, uid or gid is not a number".into()))
             };
-            let (key, value) = (record.key_bytes(), record.value_bytes());
-            let number = std::str::from_utf8(value).ok().and_then(|v| v.parse::<u64>().ok());
-            match key {
-                b"size" | b"uid" | b"gid" if number.is_none() => {
-                    return refuse("its PAX size, uid or gid is not a valid number");
+            match key.as_slice() {
+                // Where the next header is depends on it: no two views of it are allowed.
+                b"size" if number()? != stored => {
+                    return refuse("its PAX size is not the one that it has");
                 }
+                b"uid" => pax.uid = Some(number()?),
+                b"gid" => pax.gid = Some(number()?),
                 b"mtime" => match pax_time(value) {
                     Some(time) => pax.mtime = Some(time),
                     None => return refuse("its PAX mtime is not a valid time"),
                 },
-                key if key.starts_with(b"GNU.sparse.") => {
-                    return refuse("sparse files in PAX format are not supported yet");
-                }
                 key => {
                     if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                         if name.starts_with(b"trusted.overlay.")
@@ -589,7 +654,7 @@ impl Merge<'_> {
                         if value.len() > usize::from(u16::MAX) {
                             return refuse("an extended attribute is longer than 65535 bytes");
                         }
-                        xattrs.insert(name.into(), value.into());
+                        xattrs.insert(name.into(), value.as_slice().into());
                     }
                 }
             }
@@ -606,6 +671,8 @@ impl Merge<'_> {
 
 struct Pax {
     mtime: Option<(i64, u32)>,
+    uid: Option<u64>,
+    gid: Option<u64>,
     xattrs: Box<[Xattr]>,
 }
 
@@ -623,6 +690,36 @@ impl<R: Read> Read for Source<'_, R> {
     }
 }
 
+/// The names that an entry has and links to.
+struct Names {
+    path: Vec<u8>,
+    target: Vec<u8>,
+}
+
+impl Names {
+    fn of<R: Read>(entry: &tar::Entry<'_, R>, extended: &Extended) -> Result<Names, Refused> {
+        let get = |key: &[u8]| extended.get(key).map(<[u8]>::to_vec);
+        let header = entry.header();
+        let (path, target) = if !extended.misread_by_lines() {
+            (entry.path_bytes(), entry.link_name_bytes())
+        } else if extended.gnu_names {
+            return refuse("it has PAX records beside GNU's long names");
+        } else {
+            (header.path_bytes(), header.link_name_bytes())
+        };
+        Ok(Names {
+            path: get(b"GNU.sparse.name").or(get(b"path")).unwrap_or_else(|| path.into_owned()),
+            target: get(b"linkpath")
+                .unwrap_or_else(|| target.map(|target| target.into_owned()).unwrap_or_default()),
+        })
+    }
+}
+
+/// Zero for a numeric field that nobody filled in.
+fn empty(field: &[u8]) -> Option<u64> {
+    field.iter().all(|byte| matches!(byte, 0 | b' ')).then_some(0)
+}
+
 /// The header's mtime; GNU tar writes negative ones in base 256.
 fn header_mtime(header: &tar::Header) -> Option<i64> {
     let field = header.as_old().mtime;
@@ -630,7 +727,7 @@ fn header_mtime(header: &tar::Header) -> Option<i64> {
         let low: [u8; 8] = field.get(4..12)?.try_into().ok()?;
         return Some(i64::from_be_bytes(low));
     }
-    i64::try_from(header.mtime().ok()?).ok()
+    i64::try_from(header.mtime().ok().or_else(|| empty(&field))?).ok()
 }
 
 /// Seconds and nanoseconds of a PAX time, a decimal number; digits past the ninth are dropped.

@@ -122,6 +122,94 @@ fn hostile_17_whiteouts() {
 }
 
 #[test]
+fn hostile_17_a_whiteout_hides_a_name_and_not_what_it_leads_to() {
+    // The lower layer's name goes, the link to the same file that this layer brings stays.
+    let lower: &[Entry] = &[(F, "d/a", "1"), (F, "d/c", "2")];
+    assert_eq!(accepted(&[lower, &[(L, "b", "d/a"), (F, "d/.wh.a", "")]]), "b=1 d=DIR d/c=2");
+    // A link's target is no name of this layer, and neither are the directories above it.
+    assert_eq!(accepted(&[lower, &[(L, "b", "d/a"), (F, ".wh.d", "")]]), "b=1");
+    assert_eq!(accepted(&[lower, &[(L, "b", "d/a"), (F, ".wh..wh..opq", "")]]), "b=1");
+    // What was a link below is a name like any other.
+    let linked: &[Entry] = &[(F, "a", "1"), (L, "b", "a")];
+    assert_eq!(accepted(&[linked, &[(F, ".wh.a", ""), (F, ".wh.b", "")]]), "");
+    // A directory that this layer mentions stays, and loses what the lower one had in it.
+    assert_eq!(accepted(&[lower, &[(D, "d", ""), (F, ".wh.d", "")]]), "d=DIR");
+    assert_eq!(accepted(&[lower, &[(F, "d/n", "3"), (F, ".wh.d", "")]]), "d=DIR d/n=3");
+}
+
+/// One file with PAX records in front of it.
+fn with_records(records: &[(&str, &[u8])], name: &str, data: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    for (key, value) in records {
+        let rest = key.len() + value.len() + 3;
+        let mut length = rest + 1;
+        while length != rest + length.to_string().len() {
+            length = rest + length.to_string().len();
+        }
+        write!(body, "{length} {key}=").unwrap();
+        body.extend_from_slice(value);
+        body.push(b'\n');
+    }
+    let mut builder = tar::Builder::new(Vec::new());
+    for (kind, name, data) in [(EntryType::XHeader, "x", body.as_slice()), (F, name, data)] {
+        let mut header = tar::Header::new_ustar();
+        header.set_path(name).unwrap();
+        header.set_entry_type(kind);
+        header.set_mode(0o644);
+        header.set_size(data.len() as u64);
+        header.set_cksum();
+        builder.append(&header, data).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+#[test]
+fn hostile_18_values_may_contain_what_looks_like_records() {
+    // The empty numeric fields of these headers are zeroes.
+    let forged = b"\x01\n16 path=forged\n9 size=0\n";
+    let layer = with_records(&[("SCHILY.xattr.user.x", forged)], "real", b"data");
+    let image = convert_all(&[layer]).unwrap();
+    assert_eq!(read_back(&image), BTreeMap::from([("real".to_owned(), "data".to_owned())]));
+    let bytes = std::fs::read(image.path()).unwrap();
+    assert!(bytes.windows(forged.len()).any(|window| window == forged), "the value is lost");
+    let layer = with_records(&[("SCHILY.xattr.user.x", forged), ("path", b"long")], "s", b"data");
+    assert_eq!(read_back(&convert_all(&[layer]).unwrap()).keys().next().unwrap(), "long");
+    // The crate misses a size behind such a value.
+    let layer = with_records(&[("SCHILY.xattr.user.x", b"\n"), ("size", b"2")], "a", b"data");
+    assert!(convert_all(&[layer]).unwrap_err().to_string().contains("\"a\": its PAX size"));
+}
+
+#[test]
+fn sparse_files_are_read_as_gnu_tar_writes_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = File::create(folder.path().join("holes")).unwrap();
+    file.set_len(8 << 20).unwrap();
+    for at in (0..8u64 << 20).step_by(1 << 20) {
+        std::os::unix::fs::FileExt::write_all_at(&file, at.to_string().as_bytes(), at + 4096)
+            .unwrap();
+    }
+    let wanted = std::fs::read_to_string(folder.path().join("holes")).unwrap();
+    for format in ["gnu", "0.0", "0.1", "1.0"] {
+        let mut command = Command::new("tar");
+        command.arg("-C").arg(folder.path()).args(["--sparse", "-cf", "-"]);
+        match format {
+            "gnu" => command.arg("--format=gnu"),
+            version => command.args(["--format=pax", &format!("--sparse-version={version}")]),
+        };
+        let layer = command.arg("holes").output().unwrap().stdout;
+        assert!(layer.len() < 1 << 20, "{format}: not sparse");
+        let image = convert_all(&[layer]).unwrap();
+        let found = read_back(&image);
+        assert!(found.len() == 1 && found["holes"] == wanted, "{format}");
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&image.path().metadata().unwrap());
+        assert!(blocks * 512 < 2 << 20, "{format}: {blocks} blocks");
+    }
+    let lying =
+        with_records(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"0,5")], "a", b"1234");
+    assert!(convert_all(&[lying]).unwrap_err().to_string().contains("\"a\": its sparse map"));
+}
+
+#[test]
 fn hostile_18_times() {
     assert_eq!(pax_time(b"-1.5"), Some((-2, 500_000_000)));
     assert_eq!(pax_time(b"1.0000000019"), Some((1, 1)));

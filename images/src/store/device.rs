@@ -18,7 +18,7 @@ use crate::progress::{Progress, Step};
 use crate::rootfs::{self, ConvertError, LayerStream};
 
 /// Part of the file's name, raised when the same layers make another image.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The name of the root device of these layers.
 pub(super) fn device_name(chain: &Digest) -> String {
