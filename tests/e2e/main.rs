@@ -6,4 +6,5 @@ mod faults;
 mod images;
 mod network;
 mod process;
+mod rootfs;
 mod terminal;

@@ -29,7 +29,8 @@ const IMAGE_TOOLS: [&str; 7] =
     ["buildah", "umoci", "mmdebstrap", "busybox-static", "procps", "util-linux", "libcap2-bin"];
 
 /// The end-to-end tests, each group on a machine of its own; those that take longest first.
-const GROUPS: [&str; 5] = ["process::", "images::", "terminal::", "network::", "faults::"];
+const GROUPS: [&str; 6] =
+    ["process::", "images::", "rootfs::", "terminal::", "network::", "faults::"];
 /// How often a machine may die under a group before that counts as a failure.
 const MACHINES: u32 = 3;
 
