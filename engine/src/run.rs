@@ -533,10 +533,13 @@ fn explain(error: RunError, vmm: &mut Vmm, container: &Container) -> RunError {
         return RunError::Machine(line.trim_start_matches("vmrun-vmm: ").to_owned());
     }
     let reason = if silent { error.to_string() } else { vmm::describe(status) };
-    match last("console.log").filter(|_| silent || status.code().is_some()) {
-        Some(line) => RunError::Ended(format!("{reason}; its console says: {line}")),
-        None => RunError::Ended(reason),
+    if !silent && status.code().is_none() {
+        return RunError::Ended(reason);
     }
+    // A guest that crashed before it had a console has said nothing; its VMM knows how it ended.
+    let said = last("console.log").map(|line| format!("its console says: {line}"));
+    let said = said.or_else(|| last("vmm.log").map(|line| format!("the VMM says: {line}")));
+    RunError::Ended(said.map_or(reason.clone(), |said| format!("{reason}; {said}")))
 }
 
 /// The end of a file that a guest may have filled.

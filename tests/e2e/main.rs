@@ -4,6 +4,7 @@
 
 mod faults;
 mod images;
+mod monitor;
 mod network;
 mod process;
 mod rootfs;

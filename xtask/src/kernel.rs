@@ -126,6 +126,17 @@ pub fn debian_cloud() -> Result<PathBuf> {
     debian::download(&debian::kernel_package("linux-image-cloud-amd64")?)
 }
 
+/// The same as the bzImage that the package holds.
+pub fn debian_bzimage() -> Result<PathBuf> {
+    let package = debian_cloud()?;
+    let folder = package.with_extension("");
+    debian::unpack(&package, &folder)?;
+    let entries = fs::read_dir(folder.join("boot"))?;
+    let mut files = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let found = files.find(|path| named(path).starts_with("vmlinuz-"));
+    found.with_context(|| format!("{} holds no kernel", package.display()))
+}
+
 /// The guest kernel to use: the one that was built, or else Debian's.
 pub fn guest() -> Result<PathBuf> {
     match cached(false)? {

@@ -29,8 +29,8 @@ const IMAGE_TOOLS: [&str; 7] =
     ["buildah", "umoci", "mmdebstrap", "busybox-static", "procps", "util-linux", "libcap2-bin"];
 
 /// The end-to-end tests, each group on a machine of its own; those that take longest first.
-const GROUPS: [&str; 6] =
-    ["process::", "images::", "rootfs::", "terminal::", "network::", "faults::"];
+const GROUPS: [&str; 7] =
+    ["process::", "images::", "rootfs::", "monitor::", "terminal::", "network::", "faults::"];
 /// How often a machine may die under a group before that counts as a failure.
 const MACHINES: u32 = 3;
 
@@ -91,6 +91,8 @@ fn prepare() -> Result<PathBuf> {
         .arg(build::dist().join("vmrun"))
         .arg("--kernel")
         .arg(kernel::guest()?)
+        .arg("--bzimage")
+        .arg(kernel::debian_bzimage()?)
         .arg(&folder))?;
     Ok(folder)
 }

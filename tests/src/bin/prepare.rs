@@ -18,6 +18,9 @@ struct Options {
     /// A guest kernel to import (vmlinux, bzImage or Debian package); the last is the default one.
     #[arg(long)]
     kernel: Vec<PathBuf>,
+    /// A kernel as a bzImage, for the monitor alone.
+    #[arg(long)]
+    bzimage: PathBuf,
     /// Where the results go.
     output: PathBuf,
 }
@@ -47,6 +50,7 @@ fn main() -> Result<()> {
         let archive = e2e::images::archive_in(&output, image);
         vmrun(&["image", "pull", "--quiet", &format!("oci-archive:{}", archive.display())])?;
     }
+    fs::copy(&options.bzimage, output.join("bzimage"))?;
     for kernel in &options.kernel {
         println!("prepare: kernel {}", kernel.display());
         let kernel = kernel.to_str().context("the kernel's path is not UTF-8")?;
