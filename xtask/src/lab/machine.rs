@@ -48,9 +48,15 @@ struct Boot {
     modules: Option<PathBuf>,
 }
 
+/// Installs and makes what the machine needs, so that several may then be started at once.
+pub fn prepare() -> Result<()> {
+    debian::install(&["qemu-system-x86", "busybox-static", "kmod", "cpio", "iproute2"])?;
+    choose_kernel().map(drop)
+}
+
 /// Runs a command on the machine.
 pub fn run(arguments: &Arguments) -> Result<u8> {
-    debian::install(&["qemu-system-x86", "busybox-static", "kmod", "cpio", "iproute2"])?;
+    prepare()?;
     let boot = choose_kernel()?;
     // The job's folder must not be below a tmpfs of the machine.
     let jobs = cache()?.join("jobs");

@@ -17,6 +17,7 @@ use anyhow::{Context, Result};
 use crate::build;
 
 pub use keeper::keep as keep_vm;
+pub use machine::prepare;
 
 /// Exit status of the lab's own failures.
 pub const FAILURE: u8 = 125;
