@@ -66,7 +66,7 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> ContainerError {
 }
 
 /// What a container is.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Config {
     /// 64 hexadecimal digits.
     pub id: String,
@@ -273,17 +273,9 @@ fn reap_one(paths: &Paths, id: &str, folder: &Path) -> Result<Option<Listed>, Co
     let config = match read::<Config>(&path) {
         Some(config) => Some(config),
         // A file that the power's end has spoiled does not make the container's data worthless.
-        None if path.exists() => Some(Config {
-            id: id.to_owned(),
-            name: short(id).to_owned(),
-            image: String::new(),
-            image_id: String::new(),
-            command: Vec::new(),
-            created: 0,
-            remove: false,
-            labels: Vec::new(),
-            volumes: Vec::new(),
-        }),
+        None if path.exists() => {
+            Some(Config { id: id.to_owned(), name: short(id).to_owned(), ..Config::default() })
+        }
         // Whoever made it was killed before it was whole.
         None => None,
     };
@@ -346,15 +338,12 @@ mod tests {
 
     fn config(name: &str, remove: bool) -> Config {
         Config {
-            id: String::new(),
             name: name.to_owned(),
             image: "i".to_owned(),
             image_id: "sha256:0".to_owned(),
             command: vec!["x".to_owned()],
-            created: 0,
             remove,
-            labels: Vec::new(),
-            volumes: Vec::new(),
+            ..Config::default()
         }
     }
 

@@ -557,17 +557,7 @@ fn tail(path: &Path) -> io::Result<Vec<u8>> {
 pub fn try_boot(paths: &Paths, kernel: &Kernel) -> Result<Duration, RunError> {
     let program = programs::vmm()?;
     let initrd = kernel.initrd(&programs::init()?)?;
-    let config = Config {
-        id: String::new(),
-        name: String::new(),
-        image: String::new(),
-        image_id: String::new(),
-        command: Vec::new(),
-        created: 0,
-        remove: true,
-        labels: Vec::new(),
-        volumes: Vec::new(),
-    };
+    let config = Config { remove: true, ..Config::default() };
     let container = Container::create(paths, config)?;
     let attempt = || {
         let vsock = container.run().join("v");

@@ -278,15 +278,9 @@ mod tests {
         }
         assert!(matches!(create(&paths, "kept", 32 << 20), Err(VolumeError::Exists(_))));
         let config = Config {
-            id: String::new(),
             name: "user".to_owned(),
-            image: String::new(),
-            image_id: String::new(),
-            command: Vec::new(),
-            created: 0,
-            remove: false,
-            labels: Vec::new(),
             volumes: vec!["kept".to_owned()],
+            ..Config::default()
         };
         Container::create(&paths, config).unwrap().finish(0, false).unwrap();
         assert!(matches!(remove(&paths, "kept"), Err(VolumeError::Used { .. })));

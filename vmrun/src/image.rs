@@ -157,16 +157,8 @@ fn save(
 
 fn prune(paths: &Paths, store: &Store, all: bool, force: bool) -> Result<(), Failure> {
     if !force {
-        if !io::stdin().is_terminal() {
-            return Err(Failure::new(
-                "prune asks before it removes; use --force where nobody answers",
-            ));
-        }
         let what = if all { "all images without a container" } else { "images without a name" };
-        eprint!("This removes {what}. Go on? [y/N] ");
-        let mut answer = String::new();
-        io::stdin().read_line(&mut answer)?;
-        if !matches!(answer.trim(), "y" | "Y" | "yes") {
+        if !output::agreed_to_remove(what)? {
             return Ok(());
         }
     }

@@ -1,7 +1,7 @@
 //! What is printed: tables, JSON lines, messages of the program.
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{self, IsTerminal, Write};
 
 use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
@@ -31,6 +31,17 @@ pub fn line(text: impl Display) {
 pub fn json(value: &impl Serialize) -> Result<(), Failure> {
     line(serde_json::to_string(value)?);
     Ok(())
+}
+
+/// Asks whether what a prune is about to remove may go; an error where nobody can answer.
+pub fn agreed_to_remove(what: &str) -> Result<bool, Failure> {
+    if !io::stdin().is_terminal() {
+        return Err(Failure::new("prune asks before it removes; use --force where nobody answers"));
+    }
+    eprint!("This removes {what}. Go on? [y/N] ");
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 /// A table with its columns aligned, as Docker prints them.

@@ -1,6 +1,5 @@
 //! `vmrun volume`.
 
-use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 
 use engine::paths::Paths;
@@ -28,16 +27,6 @@ struct Details {
     scope: &'static str,
     size: u64,
     used: u64,
-}
-
-fn agreed() -> Result<bool, Failure> {
-    if !io::stdin().is_terminal() {
-        return Err(Failure::new("prune asks before it removes; use --force where nobody answers"));
-    }
-    eprint!("This removes all volumes that no container uses. Go on? [y/N] ");
-    let mut answer = String::new();
-    io::stdin().read_line(&mut answer)?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 /// Carries out a subcommand.
@@ -79,7 +68,7 @@ pub fn volume(paths: &Paths, command: VolumeCommand) -> Result<(), Failure> {
             output::line(serde_json::to_string_pretty(&all)?);
         }
         VolumeCommand::Prune { force } => {
-            if !force && !agreed()? {
+            if !force && !output::agreed_to_remove("all volumes that no container uses")? {
                 return Ok(());
             }
             let (names, freed) = volume::prune(paths)?;

@@ -40,7 +40,7 @@ const JOB_MODULES: [&str; 15] = [
 ];
 
 /// What the machine boots.
-struct Boot {
+pub struct Boot {
     kernel: PathBuf,
     /// With the modules to reach the host's files; absent where they are built in.
     initrd: Option<PathBuf>,
@@ -49,15 +49,14 @@ struct Boot {
 }
 
 /// Installs and makes what the machine needs, so that several may then be started at once.
-pub fn prepare() -> Result<()> {
+pub fn prepare() -> Result<Boot> {
     debian::install(&["qemu-system-x86", "busybox-static", "kmod", "cpio", "iproute2"])?;
-    choose_kernel().map(drop)
+    choose_kernel()
 }
 
 /// Runs a command on the machine.
 pub fn run(arguments: &Arguments) -> Result<u8> {
-    prepare()?;
-    let boot = choose_kernel()?;
+    let boot = prepare()?;
     // The job's folder must not be below a tmpfs of the machine.
     let jobs = cache()?.join("jobs");
     fs::create_dir_all(&jobs)?;
