@@ -7,6 +7,7 @@
 mod complaint;
 
 pub mod bus;
+pub mod discard;
 pub mod legacy;
 pub mod virtio;
 

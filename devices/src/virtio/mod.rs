@@ -1,5 +1,6 @@
 //! Virtio devices (virtio 1.2, modern only) and their transports.
 
+pub mod balloon;
 pub mod block;
 pub mod console;
 mod device;

@@ -63,6 +63,21 @@ impl Buffers {
         self.length = 0;
     }
 
+    /// The ranges of guest memory, address and length, that hold `range` of these bytes; fewer where
+    /// it reaches past their end.
+    pub fn ranges(&self, range: Range<usize>) -> impl Iterator<Item = (GuestAddress, usize)> + '_ {
+        let mut skip = range.start;
+        let mut left = range.end.saturating_sub(range.start);
+        self.segments.iter().filter_map(move |&(address, length)| {
+            let length = length as usize;
+            let from = skip.min(length);
+            skip -= from;
+            let take = left.min(length - from);
+            left -= take;
+            (take > 0).then(|| (GuestAddress(address.0 + from as u64), take))
+        })
+    }
+
     /// The pieces of guest memory that hold `range` of these bytes; fewer where it reaches past
     /// their end.
     pub fn slices<'a>(
@@ -70,19 +85,7 @@ impl Buffers {
         memory: &'a GuestMemory,
         range: Range<usize>,
     ) -> impl Iterator<Item = Result<VolatileSlice<'a>, GuestMemoryError>> + 'a {
-        let mut skip = range.start;
-        let mut left = range.end.saturating_sub(range.start);
-        self.segments
-            .iter()
-            .filter_map(move |&(address, length)| {
-                let length = length as usize;
-                let from = skip.min(length);
-                skip -= from;
-                let take = left.min(length - from);
-                left -= take;
-                (take > 0).then(|| (address.0 + from as u64, take))
-            })
-            .flat_map(move |(address, length)| memory.get_slices(GuestAddress(address), length))
+        self.ranges(range).flat_map(move |(address, length)| memory.get_slices(address, length))
     }
 
     /// Copies out of guest memory, beginning at `offset`; the number of bytes there were.
@@ -126,6 +129,13 @@ pub struct Chain {
     pub readable: Buffers,
     /// For the device to write.
     pub writable: Buffers,
+}
+
+impl Chain {
+    /// Index of the first descriptor: all that is needed to return the chain later.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
 }
 
 /// An active virtqueue with the memory it lives in and the way to its driver.

@@ -26,6 +26,7 @@ pub const INDIRECT: u16 = 4;
 #[derive(Default)]
 pub struct Recorder {
     pub used: AtomicU32,
+    pub configured: AtomicU32,
     pub reset_wanted: AtomicBool,
 }
 
@@ -33,7 +34,9 @@ impl Interrupt for Recorder {
     fn used_buffers(&self, _index: u16) {
         self.used.fetch_add(1, Ordering::SeqCst);
     }
-    fn config_changed(&self) {}
+    fn config_changed(&self) {
+        self.configured.fetch_add(1, Ordering::SeqCst);
+    }
     fn needs_reset(&self) {
         self.reset_wanted.store(true, Ordering::SeqCst);
     }
