@@ -8,6 +8,7 @@ mod complaint;
 
 pub mod bus;
 pub mod legacy;
+pub mod rate_limiter;
 pub mod virtio;
 
 /// Guest memory as every device sees it. Cloning shares the mappings.
