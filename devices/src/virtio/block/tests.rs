@@ -18,7 +18,7 @@ fn drive(read_only: bool) -> (Block, tempfile::NamedTempFile) {
     let bytes: Vec<u8> = (0..SECTORS * 512).map(|at| (at / 512) as u8).collect();
     file.write_all(&bytes).unwrap();
     let disk = Disk::open(file.path(), read_only).unwrap();
-    let options = BlockOptions { id: "test".to_owned(), flush: true };
+    let options = BlockOptions { id: "test".to_owned(), flush: true, ..BlockOptions::default() };
     (Block::new(options, disk).unwrap(), file)
 }
 
@@ -221,7 +221,7 @@ fn hostile_3_large_requests_leave_other_devices_their_turn() {
     const PIECE: u32 = 512 << 10;
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(14 * u64::from(PIECE)).unwrap();
-    let options = BlockOptions { id: "test".to_owned(), flush: false };
+    let options = BlockOptions { id: "test".to_owned(), flush: false, ..BlockOptions::default() };
     let block = Block::new(options, Disk::open(file.path(), true).unwrap()).unwrap();
     let mut driver = Driver::new(block);
     driver.run();

@@ -47,7 +47,8 @@ fn wire() -> (OwnedFd, OwnedFd) {
 /// A driver with these features and queues of this size, and the host's end of the wire.
 fn start(features: u64, size: u16) -> (Driver<Net<Wire>>, OwnedFd) {
     let (host, ours) = wire();
-    let options = NetOptions { id: "eth0".into(), mac: Some(MAC), mtu: Some(1500) };
+    let options =
+        NetOptions { id: "eth0".into(), mac: Some(MAC), mtu: Some(1500), ..NetOptions::default() };
     let mut driver = Driver::new(Net::new(options, Wire(ours)).unwrap());
     driver.activate(features, size);
     (driver, host)

@@ -8,15 +8,27 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Chain, DeviceQueue, QueueError};
 use super::{ActivateError, Activation, VirtioDevice};
+use crate::rate_limiter::{BucketUpdate, RateLimiter};
 
 const QUEUE_SIZE: u16 = 64;
+/// Events: the queue's, and the limiter's timer.
+const QUEUE: u32 = 0;
+const TIMER: u32 = 1;
 /// Most bytes given for one chain, whatever its length: a driver asks again.
 const MAX_BYTES: usize = 4096;
 /// Chains served for one event.
 const BUDGET: usize = 64;
 
+/// How an entropy device is presented.
+#[derive(Debug, Default)]
+pub struct RngOptions {
+    /// Limits on bytes given, and on requests.
+    pub rate_limiter: RateLimiter,
+}
+
 /// An entropy device.
 pub struct Rng {
+    options: RngOptions,
     event: [EventFd; 1],
     queue: Option<DeviceQueue>,
     chain: Chain,
@@ -24,17 +36,43 @@ pub struct Rng {
 
 impl Rng {
     /// An entropy device. Fails where no eventfd can be made.
-    pub fn new() -> std::io::Result<Rng> {
+    pub fn new(options: RngOptions) -> std::io::Result<Rng> {
         let event = [EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?];
-        Ok(Rng { event, queue: None, chain: Chain::default() })
+        Ok(Rng { options, event, queue: None, chain: Chain::default() })
+    }
+
+    /// Its limits, for a snapshot.
+    pub fn rate_limiter(&self) -> &RateLimiter {
+        &self.options.rate_limiter
+    }
+
+    /// Changes limits, also while the guest asks. Fails as [`RateLimiter::update`] does.
+    pub fn update_rate_limiter(
+        &mut self,
+        bandwidth: BucketUpdate,
+        ops: BucketUpdate,
+    ) -> std::io::Result<()> {
+        self.options.rate_limiter.update(bandwidth, ops)?;
+        // A request that was refused is asked for again.
+        let _ = self.event[0].write(1);
+        Ok(())
     }
 
     fn process(&mut self) -> Result<(), QueueError> {
         let Some(queue) = self.queue.as_mut() else { return Ok(()) };
+        let limiter = &mut self.options.rate_limiter;
+        if limiter.is_blocked() {
+            // The timer calls again.
+            return Ok(());
+        }
         let mut bytes = [0; MAX_BYTES];
         let mut budget = BUDGET;
         while queue.pop(&mut self.chain)? {
             let wanted = self.chain.writable.len().min(MAX_BYTES);
+            if !limiter.allows(wanted as u64, 1) {
+                queue.undo_pop();
+                break;
+            }
             let filled = fill(&mut bytes[..wanted]);
             let written = self.chain.writable.write(queue.memory(), 0, &bytes[..filled]);
             queue.push(&self.chain, written.unwrap_or(0))?;
@@ -95,11 +133,17 @@ impl VirtioDevice for Rng {
 
 impl MutEventSubscriber for Rng {
     fn init(&mut self, ops: &mut EventOps) {
-        super::register(ops, &self.event[0], 0, EventSet::IN);
+        super::register(ops, &self.event[0], QUEUE, EventSet::IN);
+        super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
     }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        let _ = self.event[0].read();
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
+        if events.data() == TIMER {
+            self.options.rate_limiter.timer_fired();
+        } else {
+            let _ = self.event[0].read();
+        }
         if let Err(error) = Rng::process(self) {
             super::broken("entropy", &mut self.queue, &error);
         }
@@ -113,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_buffer_comes_back_filled_and_a_huge_one_in_part() {
-        let mut driver = Driver::new(Rng::new().unwrap());
+        let mut driver = Driver::new(Rng::new(RngOptions::default()).unwrap());
         let small = driver.buffer(&[0; 64]);
         let large = driver.buffer(&[0; 2 * MAX_BYTES]);
         driver.send(0, &[], &[(small, 64)]);
@@ -126,6 +170,6 @@ mod tests {
 
     #[test]
     fn hostile_1_broken_queues_are_survived() {
-        survives_broken_queues(|| Rng::new().unwrap());
+        survives_broken_queues(|| Rng::new(RngOptions::default()).unwrap());
     }
 }
