@@ -152,7 +152,10 @@ impl MutEventSubscriber for Rng {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::rate_limiter::TokenBucket;
     use crate::virtio::testing::{Driver, survives_broken_queues};
 
     #[test]
@@ -166,6 +169,40 @@ mod tests {
         assert_eq!(driver.used(0), [(0, 64), (1, MAX_BYTES as u32)]);
         assert_ne!(driver.read(small, 64), [0; 64]);
         assert_eq!(driver.read(large + MAX_BYTES as u64, 64), [0; 64]);
+    }
+
+    #[test]
+    fn what_goes_beyond_the_limit_waits_for_the_timer() {
+        let hour = 3_600_000;
+        let bytes = TokenBucket::new(100, 0, hour);
+        let rate_limiter = RateLimiter::new(bytes, None).unwrap();
+        let mut driver = Driver::new(Rng::new(RngOptions { rate_limiter }).unwrap());
+        let into = driver.buffer(&[0; 100]);
+        for length in [60, 40, 50, 25] {
+            driver.send(0, &[], &[(into, length)]);
+        }
+        let pass = |driver: &mut Driver<Rng>, minutes: u64| {
+            let time = Duration::from_secs(60 * minutes);
+            driver.device.lock().unwrap().options.rate_limiter.pass(time);
+            driver.run();
+            driver.used(0).len()
+        };
+        driver.notify(0);
+        assert_eq!(pass(&mut driver, 0), 2);
+        assert_eq!(pass(&mut driver, 29), 2);
+        assert_eq!(pass(&mut driver, 1), 3);
+        // One request in an hour, instead, and then as many as there are.
+        let one = BucketUpdate::Set(TokenBucket::new(1, 0, hour).unwrap());
+        for _ in 0..2 {
+            driver.send(0, &[], &[(into, 25)]);
+        }
+        driver.device.lock().unwrap().update_rate_limiter(BucketUpdate::Disabled, one).unwrap();
+        assert_eq!(pass(&mut driver, 0), 4);
+        assert_eq!(pass(&mut driver, 60), 5);
+        let (none, all) = (BucketUpdate::None, BucketUpdate::Disabled);
+        driver.device.lock().unwrap().update_rate_limiter(none, all).unwrap();
+        driver.run();
+        assert_eq!(driver.used(0).len(), 6);
     }
 
     #[test]
