@@ -57,14 +57,11 @@ impl TokenBucket {
         u128::from(self.refill_time_ms) * NANOSECONDS_PER_MILLISECOND
     }
 
-    /// Adds the tokens that have come since the last time.
+    /// Adds the tokens that have come since the last time. None come before the burst is used up: the
+    /// bucket is full until then.
     fn refill(&mut self, now: Instant) {
         let since = self.updated.unwrap_or(now);
         self.updated = Some(now.max(since));
-        if self.one_time_burst > 0 {
-            // The bucket was not touched yet.
-            return;
-        }
         let elapsed = now.saturating_duration_since(since).as_nanos().min(LONGEST_ELAPSED);
         let parts = elapsed * u128::from(self.size) + self.fraction;
         // A quotient by at least a million, far from the sign.
@@ -120,12 +117,8 @@ impl TokenBucket {
     fn restore(state: &BucketState, now: Instant) -> Option<TokenBucket> {
         let mut bucket = TokenBucket::new(state.size, state.one_time_burst, state.refill_time_ms)?;
         bucket.updated = Some(now);
-        // While there is burst the bucket is full. A state that says otherwise would never be
-        // filled again.
-        if bucket.one_time_burst == 0 {
-            bucket.level = i128::from(state.budget.min(state.size)) - i128::from(state.debt);
-            bucket.fraction = u128::from(state.fraction).min(bucket.refill_time() - 1);
-        }
+        bucket.level = i128::from(state.budget.min(state.size)) - i128::from(state.debt);
+        bucket.fraction = u128::from(state.fraction).min(bucket.refill_time() - 1);
         Some(bucket)
     }
 }
@@ -477,7 +470,6 @@ mod tests {
             prop_assert_eq!(restored.is_some(), state.size > 0 && state.refill_time_ms > 0);
             let Some(mut bucket) = restored else { return Ok(()) };
             prop_assert!(bucket.level <= state.size.into());
-            prop_assert!(bucket.one_time_burst == 0 || bucket.wait(u64::MAX).is_zero());
             let wait = bucket.wait(1);
             if wait < LONGEST_WAIT {
                 prop_assert!(consume(&mut bucket, 1, now + wait));
@@ -530,8 +522,10 @@ mod tests {
         let start = Instant::now();
         let mut bucket = bucket(10, 0, 1000);
         assert!(consume(&mut bucket, 1, start));
-        assert!(consume(&mut bucket, 10, start + 1000 * SECOND));
-        assert!(!consume(&mut bucket, 1, start + 1000 * SECOND));
+        // Not half a token either.
+        let later = start + 1000 * SECOND + Duration::from_millis(50);
+        assert!(consume(&mut bucket, 10, later));
+        assert_eq!(bucket.wait(1), Duration::from_millis(100));
     }
 
     #[test]
