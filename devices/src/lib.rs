@@ -9,6 +9,7 @@ mod complaint;
 pub mod bus;
 pub mod discard;
 pub mod legacy;
+pub mod rate_limiter;
 pub mod virtio;
 
 /// Guest memory as every device sees it. Cloning shares the mappings.

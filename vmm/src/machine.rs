@@ -20,7 +20,7 @@ use devices::legacy::power::{AcpiPower, I8042, PowerSwitch};
 use devices::legacy::serial::SerialPort;
 use devices::virtio::block::{Block, BlockOptions, Disk};
 use devices::virtio::net::{Net, NetOptions, Tap};
-use devices::virtio::rng::Rng;
+use devices::virtio::rng::{Rng, RngOptions};
 use devices::virtio::vsock::Vsock as VsockDevice;
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_userspace_memory_region,
@@ -180,8 +180,11 @@ fn add_virtio(
         let path = drive.check().map_err(StartError::device(format!("drive {id}")))?;
         let disk = Disk::open(path, drive.is_read_only)
             .map_err(|error| StartError::Drive { id: id.clone(), error })?;
-        let options =
-            BlockOptions { id: id.clone(), flush: drive.cache_type == CacheType::Writeback };
+        let options = BlockOptions {
+            id: id.clone(),
+            flush: drive.cache_type == CacheType::Writeback,
+            ..BlockOptions::default()
+        };
         let block = Block::new(options, disk).map_err(StartError::device(id))?;
         manager.add_virtio(memory, id, block)?;
         if drive.is_root_device {
@@ -198,7 +201,8 @@ fn add_virtio(
         };
         let name = format!("interface {id}: TAP {}", interface.host_dev_name);
         let tap = tap.map_err(StartError::device::<std::io::Error>(name))?;
-        let options = NetOptions { id: id.clone(), mac, mtu: interface.mtu };
+        let options =
+            NetOptions { id: id.clone(), mac, mtu: interface.mtu, ..NetOptions::default() };
         let net = Net::new(options, tap).map_err(StartError::device(id))?;
         manager.add_virtio(memory, id, net)?;
     }
@@ -209,7 +213,7 @@ fn add_virtio(
         manager.add_virtio(memory, "vsock", vsock)?;
     }
     if plan.entropy.is_some() {
-        let rng = Rng::new().map_err(StartError::device("entropy"))?;
+        let rng = Rng::new(RngOptions::default()).map_err(StartError::device("entropy"))?;
         manager.add_virtio(memory, "entropy", rng)?;
     }
     if let Some(path) = &plan.console.output_path {

@@ -21,6 +21,7 @@ use event_manager::{EventOps, EventSet, Events};
 
 pub use device::{ActivateError, Activation, Interrupt, VirtioDevice};
 
+use crate::rate_limiter::RateLimiter;
 use queue::{DeviceQueue, QueueError};
 
 /// Takes the queues of a device all of whose queues must be there.
@@ -46,6 +47,15 @@ fn take_queues<const N: usize>(
 fn register(ops: &mut EventOps, descriptor: &impl AsRawFd, data: u32, events: EventSet) {
     if let Err(error) = ops.add(Events::with_data(descriptor, data, events)) {
         tracing::error!(?error, "cannot wait for a device's events");
+    }
+}
+
+/// Waits for a limiter's timer, to be told of with this number. A limiter that was given its first
+/// limit while the machine runs has one only now: this is for every event, before a device does
+/// anything that may be refused.
+fn register_timer(ops: &mut EventOps, limiter: &mut RateLimiter, data: u32) {
+    if let Some(timer) = limiter.timer_to_watch() {
+        register(ops, &timer, data, EventSet::IN);
     }
 }
 

@@ -18,12 +18,16 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::EventFd;
 
 pub use disk::{Disk, DiskError};
-use request::Request;
+use request::{Refused, Request};
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
 use super::{ActivateError, Activation, VirtioDevice};
+use crate::rate_limiter::{BucketUpdate, RateLimiter};
 
 const QUEUE_SIZE: u16 = 256;
+/// Events: the queue's, and the limiter's timer.
+const QUEUE: u32 = 0;
+const TIMER: u32 = 1;
 /// Most bytes moved for one event before other devices have their turn. One request is never split,
 /// so that the last one may go past this.
 const BYTES_PER_EVENT: usize = 16 << 20;
@@ -32,12 +36,14 @@ const MAX_RANGES: u32 = 16;
 const MAX_RANGE_SECTORS: u32 = 1 << 21;
 
 /// How a drive is presented.
-#[derive(Clone, Debug)]
+#[derive(Debug, Default)]
 pub struct BlockOptions {
     /// For log messages, and what get-id answers (its first 20 bytes).
     pub id: String,
     /// Offer flush, and make it durable. Without it a guest never asks.
     pub flush: bool,
+    /// Limits on bytes read, written and zeroed, and on requests of any kind.
+    pub rate_limiter: RateLimiter,
 }
 
 /// A drive.
@@ -72,16 +78,44 @@ impl Block {
         Ok(Block { options, disk, features, config, event, queue: None, chain: Chain::default() })
     }
 
+    /// Its limits, for a snapshot.
+    pub fn rate_limiter(&self) -> &RateLimiter {
+        &self.options.rate_limiter
+    }
+
+    /// Changes limits, also while the guest uses the drive. Fails as [`RateLimiter::update`] does.
+    pub fn update_rate_limiter(
+        &mut self,
+        bandwidth: BucketUpdate,
+        ops: BucketUpdate,
+    ) -> std::io::Result<()> {
+        self.options.rate_limiter.update(bandwidth, ops)?;
+        // A request that was refused is asked for again.
+        let _ = self.event[0].write(1);
+        Ok(())
+    }
+
     fn process(&mut self) -> Result<(), QueueError> {
         let Some(queue) = self.queue.as_mut() else { return Ok(()) };
+        let limiter = &mut self.options.rate_limiter;
+        if limiter.is_blocked() {
+            // The timer calls again.
+            return Ok(());
+        }
         let (mut budget, mut bytes) = (BUDGET, BYTES_PER_EVENT);
         loop {
             queue.disable_notifications()?;
             while budget > 0 && bytes > 0 && queue.pop(&mut self.chain)? {
+                let request = Request::parse(queue.memory(), &self.chain);
+                if !limiter.allows(request.as_ref().map_or(0, Request::bytes), 1) {
+                    // Without asking for notifications: there is more to do than is allowed.
+                    queue.undo_pop();
+                    return queue.signal();
+                }
                 budget -= 1;
                 bytes = bytes.saturating_sub(self.chain.readable.len());
                 bytes = bytes.saturating_sub(self.chain.writable.len());
-                let written = serve(&self.options, &self.disk, queue, &self.chain);
+                let written = serve(&self.options.id, &self.disk, queue, &self.chain, request);
                 queue.push(&self.chain, written)?;
             }
             if budget == 0 || bytes == 0 {
@@ -99,24 +133,30 @@ impl Block {
 
 /// Carries one request out and returns the number of bytes written to the guest, the status among
 /// them.
-fn serve(options: &BlockOptions, disk: &Disk, queue: &DeviceQueue, chain: &Chain) -> usize {
+fn serve(
+    drive: &str,
+    disk: &Disk,
+    queue: &DeviceQueue,
+    chain: &Chain,
+    request: Result<Request, Refused>,
+) -> usize {
     let memory = queue.memory();
     let Some(status_at) = chain.writable.len().checked_sub(1) else {
         // Nowhere to put a status: the chain goes back untouched.
-        tracing::debug!(drive = options.id, "request without a status byte");
+        tracing::debug!(drive, "request without a status byte");
         return 0;
     };
-    let (status, written) = match Request::parse(memory, chain) {
-        Ok(request) => match disk.run(&request, memory, chain, &options.id) {
+    let (status, written) = match request {
+        Ok(request) => match disk.run(&request, memory, chain, drive) {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(error) => {
-                guest_warning!(drive = options.id, ?request, %error, "request failed");
+                guest_warning!(drive, ?request, %error, "request failed");
                 (VIRTIO_BLK_S_IOERR, 0)
             }
         },
-        Err(request::Refused::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
-        Err(request::Refused::Malformed(reason)) => {
-            tracing::debug!(drive = options.id, reason, "malformed request");
+        Err(Refused::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+        Err(Refused::Malformed(reason)) => {
+            tracing::debug!(drive, reason, "malformed request");
             (VIRTIO_BLK_S_IOERR, 0)
         }
     };
@@ -125,7 +165,7 @@ fn serve(options: &BlockOptions, disk: &Disk, queue: &DeviceQueue, chain: &Chain
         // reach to the status.
         Ok(_) => written.max(status_at) + 1,
         Err(error) => {
-            guest_warning!(drive = options.id, %error, "status not written");
+            guest_warning!(drive, %error, "status not written");
             0
         }
     }
@@ -187,11 +227,17 @@ impl VirtioDevice for Block {
 
 impl MutEventSubscriber for Block {
     fn init(&mut self, ops: &mut EventOps) {
-        super::register(ops, &self.event[0], 0, EventSet::IN);
+        super::register(ops, &self.event[0], QUEUE, EventSet::IN);
+        super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
     }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        let _ = self.event[0].read();
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
+        if events.data() == TIMER {
+            self.options.rate_limiter.timer_fired();
+        } else {
+            let _ = self.event[0].read();
+        }
         if let Err(error) = Block::process(self) {
             super::broken(&self.options.id, &mut self.queue, &error);
         }

@@ -57,6 +57,18 @@ pub enum Refused {
 }
 
 impl Operation {
+    /// Bytes that are moved from or to the disk, for a limit on bandwidth. Zeroes count: the host
+    /// may have to write them. What is discarded or flushed does not.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Operation::Read { length, .. } | Operation::Write { length, .. } => *length as u64,
+            Operation::WriteZeroes(ranges) => {
+                ranges.iter().map(|range| u64::from(range.count) * 512).sum()
+            }
+            Operation::Flush | Operation::GetId | Operation::Discard(_) => 0,
+        }
+    }
+
     /// Reads the chain's header, and for ranges its data.
     pub fn parse(memory: &GuestMemory, chain: &Chain) -> Result<Operation, Refused> {
         let mut header = [0; HEADER];

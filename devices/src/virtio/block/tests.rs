@@ -1,7 +1,9 @@
 //! A drive, driven.
 
 use std::io::Write;
+use std::time::Duration;
 
+use proptest::prelude::*;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -9,16 +11,22 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::*;
+use crate::rate_limiter::TokenBucket;
+use crate::virtio::test_driver;
 use crate::virtio::testing::{Descriptor, Driver, INDIRECT, NEXT, WRITE, survives_broken_queues};
 
 const SECTORS: usize = 64;
 
 fn drive(read_only: bool) -> (Block, tempfile::NamedTempFile) {
+    limited_drive(read_only, RateLimiter::default())
+}
+
+fn limited_drive(read_only: bool, rate_limiter: RateLimiter) -> (Block, tempfile::NamedTempFile) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     let bytes: Vec<u8> = (0..SECTORS * 512).map(|at| (at / 512) as u8).collect();
     file.write_all(&bytes).unwrap();
     let disk = Disk::open(file.path(), read_only).unwrap();
-    let options = BlockOptions { id: "test".to_owned(), flush: true };
+    let options = BlockOptions { id: "test".to_owned(), flush: true, rate_limiter };
     (Block::new(options, disk).unwrap(), file)
 }
 
@@ -221,7 +229,7 @@ fn hostile_3_large_requests_leave_other_devices_their_turn() {
     const PIECE: u32 = 512 << 10;
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(14 * u64::from(PIECE)).unwrap();
-    let options = BlockOptions { id: "test".to_owned(), flush: false };
+    let options = BlockOptions { id: "test".to_owned(), flush: false, ..BlockOptions::default() };
     let block = Block::new(options, Disk::open(file.path(), true).unwrap()).unwrap();
     let mut driver = Driver::new(block);
     driver.run();
@@ -275,5 +283,236 @@ fn hostile_10_a_read_only_disk_is_read_only_on_the_host() {
         let (block, _file) = drive(read_only);
         let flags = OFlag::from_bits_retain(fcntl(block.disk.file(), FcntlArg::F_GETFL).unwrap());
         assert_eq!(flags & OFlag::O_ACCMODE, mode);
+    }
+}
+
+/// So many tokens in an hour, beside which the duration of a test is nothing.
+fn hourly(tokens: u64) -> Option<TokenBucket> {
+    TokenBucket::new(tokens, 0, 3_600_000)
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// As if so much time had passed.
+fn pass(driver: &mut Driver<Block>, minutes: u32) {
+    driver.device.lock().unwrap().options.rate_limiter.pass(minutes * MINUTE);
+    driver.run();
+}
+
+/// Offers a request without data, or one that reads a sector.
+fn offer(driver: &mut Driver<Block>, kind: u32) {
+    let head = driver.buffer(&header(kind, 5));
+    let into = driver.buffer(&[0xee; 513]);
+    let room = if kind == VIRTIO_BLK_T_IN { 513 } else { 1 };
+    driver.send(0, &[(head, 16)], &[(into, room)]);
+}
+
+fn served(driver: &Driver<Block>) -> usize {
+    driver.used(0).len()
+}
+
+#[test]
+fn requests_beyond_the_limit_wait_for_the_timer() {
+    let limiter = RateLimiter::new(None, hourly(2)).unwrap();
+    let mut driver = Driver::new(limited_drive(false, limiter).0);
+    for _ in 0..4 {
+        offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+    }
+    driver.notify(0);
+    assert_eq!(served(&driver), 2);
+    pass(&mut driver, 29);
+    assert_eq!(served(&driver), 2);
+    pass(&mut driver, 1);
+    assert_eq!(served(&driver), 3);
+    pass(&mut driver, 30);
+    assert_eq!(served(&driver), 4);
+    // Nobody waits, and nothing is collected that goes beyond the bucket.
+    pass(&mut driver, 600);
+    for _ in 0..3 {
+        offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+    }
+    driver.notify(0);
+    assert_eq!(served(&driver), 6);
+    assert!(!driver.wants_reset());
+}
+
+#[test]
+fn the_queue_is_not_looked_at_while_requests_wait() {
+    let limiter = RateLimiter::new(None, hourly(1)).unwrap();
+    let mut driver = Driver::new(limited_drive(false, limiter).0);
+    offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+    offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+    driver.notify(0);
+    assert_eq!(served(&driver), 1);
+    // An index that is an error when it is seen.
+    driver.set_available(0, u16::MAX);
+    driver.notify(0);
+    assert!(!driver.wants_reset());
+    pass(&mut driver, 60);
+    assert!(driver.wants_reset());
+}
+
+#[test]
+fn only_what_is_moved_counts_as_bytes() {
+    let limiter = RateLimiter::new(hourly(1024), None).unwrap();
+    let mut driver = Driver::new(limited_drive(false, limiter).0);
+    let kinds = [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_FLUSH, 77];
+    for kind in kinds {
+        offer(&mut driver, kind);
+    }
+    offer(&mut driver, VIRTIO_BLK_T_IN);
+    offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+    driver.notify(0);
+    assert_eq!(served(&driver), 5);
+    pass(&mut driver, 30);
+    assert_eq!(served(&driver), 7);
+}
+
+/// Three sectors of zeroes, asked for with 16 bytes, are more than the bucket holds.
+#[test]
+fn zeroes_count_as_if_they_had_been_written() {
+    let limiter = RateLimiter::new(hourly(1024), None).unwrap();
+    let mut driver = Driver::new(limited_drive(false, limiter).0);
+    for (kind, count) in [(VIRTIO_BLK_T_DISCARD, 60), (VIRTIO_BLK_T_WRITE_ZEROES, 3u8)] {
+        let head = driver.buffer(&header(kind, 0));
+        let mut range = [0; 16];
+        range[8] = count;
+        let (range, status) = (driver.buffer(&range), driver.buffer(&[0xee]));
+        driver.send(0, &[(head, 16), (range, 16)], &[(status, 1)]);
+    }
+    offer(&mut driver, VIRTIO_BLK_T_IN);
+    driver.notify(0);
+    assert_eq!(served(&driver), 2);
+    pass(&mut driver, 59);
+    assert_eq!(served(&driver), 2);
+    pass(&mut driver, 1);
+    assert_eq!(served(&driver), 3);
+}
+
+#[test]
+fn a_limit_may_come_and_go_while_the_guest_runs() {
+    let (block, _file) = drive(false);
+    let mut driver = Driver::new(block);
+    driver.run();
+    let update = |driver: &mut Driver<Block>, bandwidth, ops| {
+        driver.device.lock().unwrap().update_rate_limiter(bandwidth, ops).unwrap();
+        driver.run();
+    };
+    let one = || BucketUpdate::Set(hourly(1).unwrap());
+    update(&mut driver, BucketUpdate::None, one());
+    for _ in 0..3 {
+        offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+    }
+    driver.notify(0);
+    assert_eq!(served(&driver), 1);
+    // The timer was not there when the event loop began.
+    pass(&mut driver, 60);
+    assert_eq!(served(&driver), 2);
+    // Blocked still by what did not change, and served by a new bucket.
+    update(&mut driver, one(), BucketUpdate::None);
+    assert_eq!(served(&driver), 2);
+    update(&mut driver, BucketUpdate::None, one());
+    assert_eq!(served(&driver), 3);
+    offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+    driver.notify(0);
+    assert_eq!(served(&driver), 3);
+    update(&mut driver, BucketUpdate::None, BucketUpdate::Disabled);
+    assert_eq!(served(&driver), 4);
+}
+
+#[test]
+fn a_reset_lifts_no_limit() {
+    let limiter = RateLimiter::new(None, hourly(1)).unwrap();
+    let mut driver = Driver::new(limited_drive(false, limiter).0);
+    for _ in 0..3 {
+        offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+        driver.notify(0);
+        driver.start_again();
+    }
+    offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+    driver.notify(0);
+    assert_eq!(served(&driver), 0);
+    pass(&mut driver, 60);
+    assert_eq!(served(&driver), 1);
+}
+
+#[test]
+fn a_restored_limiter_goes_on_where_it_was() {
+    let limiter = RateLimiter::new(None, hourly(2)).unwrap();
+    let mut driver = Driver::new(limited_drive(false, limiter).0);
+    for _ in 0..3 {
+        offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+    }
+    driver.notify(0);
+    pass(&mut driver, 15);
+    let now = std::time::Instant::now();
+    let state = driver.device.lock().unwrap().rate_limiter().save(now);
+    let limiter = RateLimiter::restore(&state, now).unwrap();
+    let mut driver = Driver::new(limited_drive(false, limiter).0);
+    offer(&mut driver, VIRTIO_BLK_T_FLUSH);
+    driver.notify(0);
+    pass(&mut driver, 14);
+    assert_eq!(served(&driver), 0);
+    pass(&mut driver, 1);
+    assert_eq!(served(&driver), 1);
+}
+
+#[test]
+fn hostile_1_broken_queues_are_survived_with_limits_too() {
+    survives_broken_queues(|| {
+        let limiter = RateLimiter::new(hourly(1), hourly(1)).unwrap();
+        limited_drive(false, limiter).0
+    });
+}
+
+/// What happens to a drive with limits.
+#[derive(Clone, Debug)]
+enum Event {
+    Request,
+    Notification,
+    Minutes(u32),
+    Limits(Option<u64>, Option<u64>),
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Whatever the limits are and become, every request is served once, in its turn.
+    #[test]
+    fn no_request_is_lost_or_served_twice(
+        event_idx: bool,
+        events in prop::collection::vec(prop_oneof![
+            4 => Just(Event::Request),
+            1 => Just(Event::Notification),
+            2 => (0..90u32).prop_map(Event::Minutes),
+            1 => (prop::option::of(1..2000u64), prop::option::of(1..4u64))
+                .prop_map(|(bytes, ops)| Event::Limits(bytes, ops)),
+        ], 1..100),
+    ) {
+        let (block, _file) = drive(true);
+        let mut driver = test_driver::Driver::new(block);
+        driver.activate(u64::from(event_idx) << VIRTIO_RING_F_EVENT_IDX, 256);
+        let at = test_driver::BUFFERS;
+        driver.write(at, &header(VIRTIO_BLK_T_IN, 7));
+        let parts = [test_driver::readable(at, 16), test_driver::writable(at + 512, 513)];
+        let update = |bucket: Option<u64>| {
+            bucket.and_then(hourly).map_or(BucketUpdate::Disabled, BucketUpdate::Set)
+        };
+        let (mut sent, mut came) = (Vec::new(), Vec::new());
+        for event in events.into_iter().chain([Event::Limits(None, None)]) {
+            match event {
+                Event::Request => sent.push(driver.send(0, &parts)),
+                Event::Notification => driver.device().event[0].write(1).unwrap(),
+                Event::Minutes(minutes) => {
+                    driver.device().options.rate_limiter.pass(minutes * MINUTE);
+                }
+                Event::Limits(bytes, ops) => {
+                    driver.device().update_rate_limiter(update(bytes), update(ops)).unwrap();
+                }
+            }
+            driver.run();
+            came.extend(driver.used(0));
+        }
+        prop_assert!(!driver.is_broken());
+        prop_assert_eq!(came, sent.into_iter().map(|head| (head, 513)).collect::<Vec<_>>());
     }
 }

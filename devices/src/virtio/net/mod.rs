@@ -30,6 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
 use super::{ActivateError, Activation, VirtioDevice, vectored};
+use crate::rate_limiter::{BucketUpdate, RateLimiter};
 use header::{ETHERNET, LENGTH, MAX_FRAME};
 use room::Room;
 pub use tap::{Backend, Tap};
@@ -37,12 +38,15 @@ pub use tap::{Backend, Tap};
 const QUEUE_SIZE: u16 = 256;
 const RX: usize = 0;
 const TX: usize = 1;
+/// Events beside those of the queues.
 const TAP: u32 = 2;
+const RX_TIMER: u32 = 3;
+const TX_TIMER: u32 = 4;
 /// Bytes of the largest frame with its header.
 const LARGEST: usize = LENGTH + MAX_FRAME;
 
 /// How an interface is presented.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct NetOptions {
     /// For log messages.
     pub id: String,
@@ -50,6 +54,10 @@ pub struct NetOptions {
     pub mac: Option<[u8; 6]>,
     /// MTU to advertise, in bytes.
     pub mtu: Option<u16>,
+    /// Limits on what the guest receives: bytes of frames, without our header, and frames.
+    pub rx_rate_limiter: RateLimiter,
+    /// The same for what it sends; a frame that is dropped counts too.
+    pub tx_rate_limiter: RateLimiter,
 }
 
 /// A network interface.
@@ -64,13 +72,21 @@ pub struct Net<B = Tap> {
     room: Room,
     /// For a frame that may be larger than the buffers there are.
     incoming: Vec<u8>,
-    /// Such a frame, waiting for more: the first so many bytes of `incoming`.
-    held: Option<usize>,
+    /// A frame that waits for more buffers, or until the limiter allows it.
+    held: Option<Held>,
     mergeable: bool,
     events: [EventFd; 2],
     queues: Option<[DeviceQueue; 2]>,
     chain: Chain,
     config: [u8; 12],
+}
+
+/// A frame that was read, and that the driver does not know of yet.
+struct Held {
+    /// Bytes, its header among them.
+    length: usize,
+    /// It is in the driver's buffers, the first of `room`; otherwise in `incoming`.
+    in_place: bool,
 }
 
 /// What asking the TAP for a frame gave.
@@ -107,13 +123,57 @@ impl<B: Backend> Net<B> {
         })
     }
 
+    /// Limits on what the guest receives, for a snapshot.
+    pub fn rx_rate_limiter(&self) -> &RateLimiter {
+        &self.options.rx_rate_limiter
+    }
+
+    /// Limits on what the guest sends, for a snapshot.
+    pub fn tx_rate_limiter(&self) -> &RateLimiter {
+        &self.options.tx_rate_limiter
+    }
+
+    /// Changes limits on what the guest receives, also while it does. Fails as
+    /// [`RateLimiter::update`] does.
+    pub fn update_rx_rate_limiter(
+        &mut self,
+        bandwidth: BucketUpdate,
+        ops: BucketUpdate,
+    ) -> io::Result<()> {
+        self.options.rx_rate_limiter.update(bandwidth, ops)?;
+        // A frame that was refused is asked for again.
+        let _ = self.events[RX].write(1);
+        Ok(())
+    }
+
+    /// The same for what the guest sends.
+    pub fn update_tx_rate_limiter(
+        &mut self,
+        bandwidth: BucketUpdate,
+        ops: BucketUpdate,
+    ) -> io::Result<()> {
+        self.options.tx_rate_limiter.update(bandwidth, ops)?;
+        let _ = self.events[TX].write(1);
+        Ok(())
+    }
+
     /// Sends the guest's frames.
     fn transmit(&mut self) -> Result<(), QueueError> {
         let Some([_, queue]) = self.queues.as_mut() else { return Ok(()) };
+        let limiter = &mut self.options.tx_rate_limiter;
+        if limiter.is_blocked() {
+            // The timer calls again.
+            return Ok(());
+        }
         let mut budget = BUDGET;
         loop {
             queue.disable_notifications()?;
             while budget > 0 && queue.pop(&mut self.chain)? {
+                if !limiter.allows(frame_bytes(self.chain.readable.len()), 1) {
+                    // Without asking for notifications: there is more to do than is allowed.
+                    queue.undo_pop();
+                    return queue.signal();
+                }
                 budget -= 1;
                 let sent = send(&self.tap, queue, &self.chain, self.options.mac);
                 if let Err(reason) = sent {
@@ -133,9 +193,19 @@ impl<B: Backend> Net<B> {
         queue.signal()
     }
 
+    fn register_timers(&mut self, ops: &mut EventOps) {
+        super::register_timer(ops, &mut self.options.rx_rate_limiter, RX_TIMER);
+        super::register_timer(ops, &mut self.options.tx_rate_limiter, TX_TIMER);
+    }
+
     /// Hands the guest what the TAP has.
     fn receive(&mut self) -> Result<(), QueueError> {
         let Some([queue, _]) = self.queues.as_mut() else { return Ok(()) };
+        let limiter = &mut self.options.rx_rate_limiter;
+        if limiter.is_blocked() {
+            // The timer calls again; frames wait in the TAP.
+            return Ok(());
+        }
         let mut budget = BUDGET;
         while budget > 0 {
             budget -= 1;
@@ -148,39 +218,45 @@ impl<B: Backend> Net<B> {
                 // has room for more than we have.
                 return queue.signal();
             }
-            let direct = self.held.is_none() && self.room.fits_any();
-            let frame = if let Some(length) = self.held.take() {
-                Frame::Of(length)
+            let Held { length, in_place } = if let Some(held) = self.held.take() {
+                held
             } else if !self.readable {
                 return queue.signal();
-            } else if direct {
-                let read = vectored::read(&self.tap, queue.memory(), self.room.parts());
-                judge(read, &mut self.readable, &mut self.failed, &self.options.id)
             } else {
-                let read = nix::unistd::read(&self.tap, &mut self.incoming);
-                let read = read.map_err(io::Error::from);
-                judge(read, &mut self.readable, &mut self.failed, &self.options.id)
+                let in_place = self.room.fits_any();
+                let read = if in_place {
+                    vectored::read(&self.tap, queue.memory(), self.room.parts())
+                } else {
+                    nix::unistd::read(&self.tap, &mut self.incoming).map_err(io::Error::from)
+                };
+                match judge(read, &mut self.readable, &mut self.failed, &self.options.id) {
+                    Frame::Of(length) => Held { length, in_place },
+                    Frame::Bad => continue,
+                    Frame::None => return queue.signal(),
+                }
             };
-            let length = match frame {
-                Frame::Of(length) => length,
-                Frame::Bad => continue,
-                Frame::None => return queue.signal(),
-            };
-            if direct {
-                self.room.give_back(queue, length)?;
-            } else if self.room.fits(length) {
-                self.room.write(queue.memory(), &self.incoming[..length]);
-                self.room.give_back(queue, length)?;
-            } else if self.room.is_all_there_can_be(self.mergeable) {
+            let fits = in_place || self.room.fits(length);
+            if !fits && self.room.is_all_there_can_be(self.mergeable) {
                 tracing::debug!(interface = self.options.id, length, "receive buffers too small");
-            } else {
-                self.held = Some(length);
+                continue;
+            }
+            if !fits || !limiter.allows(frame_bytes(length), 1) {
+                self.held = Some(Held { length, in_place });
                 return queue.signal();
             }
+            if !in_place {
+                self.room.write(queue.memory(), &self.incoming[..length]);
+            }
+            self.room.give_back(queue, length)?;
         }
         let _ = self.events[RX].write(1);
         queue.signal()
     }
+}
+
+/// Bytes of a frame without our header, for a limit on bandwidth.
+fn frame_bytes(length: usize) -> u64 {
+    length.saturating_sub(LENGTH) as u64
 }
 
 /// Sends one frame: its headers from a copy that was judged, the rest from where the guest put it.
@@ -301,13 +377,23 @@ impl<B: Backend> MutEventSubscriber for Net<B> {
         super::register(ops, &self.events[RX], RX as u32, EventSet::IN);
         super::register(ops, &self.events[TX], TX as u32, EventSet::IN);
         super::register(ops, &self.tap.as_fd(), TAP, EventSet::IN | EventSet::EDGE_TRIGGERED);
+        self.register_timers(ops);
     }
 
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        self.register_timers(ops);
         let result = match events.data() {
             TAP => {
                 self.readable = true;
                 self.receive()
+            }
+            RX_TIMER => {
+                self.options.rx_rate_limiter.timer_fired();
+                self.receive()
+            }
+            TX_TIMER => {
+                self.options.tx_rate_limiter.timer_fired();
+                self.transmit()
             }
             queue => {
                 let queue = (queue as usize).min(TX);
@@ -317,6 +403,7 @@ impl<B: Backend> MutEventSubscriber for Net<B> {
         };
         if let Err(error) = result {
             super::broken_all(&self.options.id, &mut self.queues, &error);
+            self.held = None;
             self.room = Room::default();
         }
     }

@@ -217,7 +217,7 @@ mod tests {
             let tap = Tap::from_descriptor(OwnedFd::from(opened.file)).unwrap();
             assert!(ip("link set vmtest0 up"));
             let mut sniffer = sniffer();
-            let options = NetOptions { id: "eth0".into(), mac: Some(mac), mtu: None };
+            let options = NetOptions { id: "eth0".into(), mac: Some(mac), ..NetOptions::default() };
             let net = Net::new(options, tap).unwrap();
             let features = crate::virtio::VirtioDevice::features(&net);
             let mut driver = Driver::new(net);

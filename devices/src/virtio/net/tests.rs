@@ -2,12 +2,14 @@
 //! are in `tap`.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, send, setsockopt, socketpair, sockopt,
 };
 
 use super::*;
+use crate::rate_limiter::TokenBucket;
 use crate::virtio::test_driver::{BUFFERS, Driver, readable, writable};
 
 const MAC: [u8; 6] = [2, 0x76, 172, 20, 0, 2];
@@ -47,7 +49,8 @@ fn wire() -> (OwnedFd, OwnedFd) {
 /// A driver with these features and queues of this size, and the host's end of the wire.
 fn start(features: u64, size: u16) -> (Driver<Net<Wire>>, OwnedFd) {
     let (host, ours) = wire();
-    let options = NetOptions { id: "eth0".into(), mac: Some(MAC), mtu: Some(1500) };
+    let options =
+        NetOptions { id: "eth0".into(), mac: Some(MAC), mtu: Some(1500), ..NetOptions::default() };
     let mut driver = Driver::new(Net::new(options, Wire(ours)).unwrap());
     driver.activate(features, size);
     (driver, host)
@@ -316,4 +319,173 @@ fn the_configuration_says_mac_and_mtu() {
     assert_eq!(config, [2, 0x76, 172, 20, 0, 2, 0, 0, 0, 0, 0xdc, 5, 0, 0, 0, 0]);
     driver.device().read_config(u64::MAX, &mut config);
     assert_eq!(config, [0; 16]);
+}
+
+/// So many tokens in an hour, beside which the duration of a test is nothing.
+fn hourly(tokens: u64) -> Option<TokenBucket> {
+    TokenBucket::new(tokens, 0, 3_600_000)
+}
+
+/// A driver of an interface with these limits, and the host's end of the wire.
+fn start_limited(
+    rx_rate_limiter: RateLimiter,
+    tx_rate_limiter: RateLimiter,
+    features: u64,
+) -> (Driver<Net<Wire>>, OwnedFd) {
+    let (host, ours) = wire();
+    let options = NetOptions { rx_rate_limiter, tx_rate_limiter, ..NetOptions::default() };
+    let mut driver = Driver::new(Net::new(options, Wire(ours)).unwrap());
+    driver.activate(features, 64);
+    (driver, host)
+}
+
+/// As if so much time had passed for both directions.
+fn pass(driver: &mut Driver<Net<Wire>>, minutes: u64) {
+    let time = Duration::from_secs(60 * minutes);
+    driver.device().options.rx_rate_limiter.pass(time);
+    driver.device().options.tx_rate_limiter.pass(time);
+    driver.run();
+}
+
+#[test]
+fn sent_frames_beyond_the_limit_wait_in_the_queue() {
+    for features in [0, EVENT_IDX] {
+        // Two frames of 60 bytes, or three frames.
+        let limiter = RateLimiter::new(hourly(120), hourly(3)).unwrap();
+        let (mut driver, host) = start_limited(RateLimiter::default(), limiter, features);
+        driver.write(BUFFERS, &frame(60));
+        for _ in 0..4 {
+            driver.send(TX, &[readable(BUFFERS, 72)]);
+        }
+        let arrived = |_: &_| std::iter::from_fn(|| arrived(&host)).count();
+        assert_eq!((arrived(&driver), driver.used(TX).len()), (2, 2));
+        pass(&mut driver, 29);
+        assert_eq!(arrived(&driver), 0);
+        pass(&mut driver, 1);
+        assert_eq!((arrived(&driver), driver.used(TX).len()), (1, 1));
+        // What is received is not limited by that.
+        arrive(&host, &[1; 100]);
+        driver.send(RX, &[writable(BUFFERS + 4096, 2000)]);
+        assert_eq!(driver.used(RX).len(), 1);
+        let (bandwidth, ops) = (BucketUpdate::Disabled, BucketUpdate::Disabled);
+        driver.device().update_tx_rate_limiter(bandwidth, ops).unwrap();
+        driver.run();
+        assert_eq!((arrived(&driver), driver.used(TX).len()), (1, 1));
+        driver.send(TX, &[readable(BUFFERS, 72)]);
+        assert_eq!((arrived(&driver), driver.used(TX).len()), (1, 1));
+    }
+}
+
+/// Read into the driver's buffers, where the largest frame fits into them, or into ours.
+#[test]
+fn received_frames_beyond_the_limit_come_later_and_whole() {
+    for features in [0, EVENT_IDX, MERGEABLE, MERGEABLE | EVENT_IDX] {
+        for buffer in [2000, LARGEST as u32] {
+            let limiter = RateLimiter::new(hourly(176), None).unwrap();
+            let (mut driver, host) = start_limited(limiter, RateLimiter::default(), features);
+            offer(&mut driver, &[buffer; 8]);
+            // 88 bytes and a header each.
+            for round in 0..5u8 {
+                arrive(&host, &[round; 100]);
+            }
+            driver.run();
+            let mut came = driver.used(RX);
+            assert_eq!(came.len(), 2);
+            for minutes in [30, 15, 15] {
+                pass(&mut driver, minutes);
+                came.extend(driver.used(RX));
+            }
+            assert_eq!(came.len(), 4);
+            // What is sent is not limited by that.
+            driver.write(BUFFERS + 3 * (1 << 20) - 4096, &frame(60));
+            driver.send(TX, &[readable(BUFFERS + 3 * (1 << 20) - 4096, 72)]);
+            assert!(arrived(&host).is_some());
+            // Lifted: at once.
+            let (bandwidth, ops) = (BucketUpdate::Disabled, BucketUpdate::None);
+            driver.device().update_rx_rate_limiter(bandwidth, ops).unwrap();
+            driver.run();
+            came.extend(driver.used(RX));
+            assert_eq!(came, (0..5).map(|head| (head, 100)).collect::<Vec<_>>());
+            for round in 0..5u8 {
+                let got = driver.read(BUFFERS + u64::from(buffer) * u64::from(round), 100);
+                assert_eq!((&got[10..12], &got[12..]), (&[1, 0][..], &[round; 88][..]));
+            }
+        }
+    }
+}
+
+/// A large frame over many buffers, some of which come while it is held.
+#[test]
+fn a_held_frame_keeps_its_buffers_while_others_are_added() {
+    for count in [1, 50] {
+        let limiter = RateLimiter::new(None, hourly(1)).unwrap();
+        let (mut driver, host) =
+            start_limited(limiter, RateLimiter::default(), MERGEABLE | EVENT_IDX);
+        offer(&mut driver, &vec![2000; count]);
+        let large = frame(60_000);
+        arrive(&host, &[1; 100]);
+        arrive(&host, &large);
+        arrive(&host, &[3; 100]);
+        driver.run();
+        assert_eq!(driver.used(RX), [(0, 100)]);
+        for slot in count..60 {
+            driver.send(RX, &[writable(BUFFERS + 2000 * slot as u64, 2000)]);
+        }
+        assert_eq!(driver.used(RX), []);
+        pass(&mut driver, 60);
+        let used = driver.used(RX);
+        assert_eq!(used.iter().map(|used| used.1 as usize).sum::<usize>(), large.len());
+        let mut expected = large;
+        expected[10..12].copy_from_slice(&(used.len() as u16).to_le_bytes());
+        assert!(driver.read(BUFFERS + 2000, expected.len()) == expected);
+        pass(&mut driver, 60);
+        assert_eq!(driver.used(RX).len(), 1);
+    }
+}
+
+/// HOSTILE.md 7: nor a frame that was held for the limiter; and the limit is still there.
+#[test]
+fn hostile_7_a_reset_forgets_a_held_frame_and_lifts_no_limit() {
+    let limiter = RateLimiter::new(None, hourly(1)).unwrap();
+    let (mut driver, host) = start_limited(limiter, RateLimiter::default(), MERGEABLE | EVENT_IDX);
+    offer(&mut driver, &[2000; 50]);
+    arrive(&host, &[1; 100]);
+    arrive(&host, &[2; 100]);
+    driver.run();
+    assert_eq!(driver.used(RX).len(), 1);
+    driver.device().reset();
+    driver.write(BUFFERS, &[0xee; 100_000]);
+    arrive(&host, &[3; 100]);
+    driver.run();
+    driver.activate(MERGEABLE | EVENT_IDX, 64);
+    offer(&mut driver, &[2000; 50]);
+    assert_eq!(driver.used(RX), []);
+    assert_eq!(driver.read(BUFFERS, 100_000), [0xee; 100_000]);
+    pass(&mut driver, 60);
+    assert_eq!(driver.used(RX), [(0, 100)]);
+    assert_eq!(driver.read(BUFFERS + 12, 88), [3; 88]);
+}
+
+/// A limit that comes while the machine runs: its timer was not there when the event loop began.
+#[test]
+fn an_interface_may_be_limited_while_the_guest_runs() {
+    let (mut driver, host) = start(EVENT_IDX, 64);
+    let one = || BucketUpdate::Set(hourly(1).unwrap());
+    driver.device().update_rx_rate_limiter(BucketUpdate::None, one()).unwrap();
+    driver.device().update_tx_rate_limiter(BucketUpdate::None, one()).unwrap();
+    driver.run();
+    offer(&mut driver, &[2000; 4]);
+    driver.write(BUFFERS + 10_000, &frame(60));
+    for hour in 0..3 {
+        for _ in 0..2 {
+            arrive(&host, &[1; 100]);
+            driver.send(TX, &[readable(BUFFERS + 10_000, 72)]);
+        }
+        assert_eq!((driver.used(RX).len(), driver.used(TX).len()), (1, 1), "{hour}");
+        pass(&mut driver, 60);
+        assert_eq!((driver.used(RX).len(), driver.used(TX).len()), (1, 1), "{hour}");
+        pass(&mut driver, 60);
+        driver.send(RX, &[writable(BUFFERS, 2000)]);
+        driver.send(RX, &[writable(BUFFERS, 2000)]);
+    }
 }

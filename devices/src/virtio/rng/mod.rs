@@ -8,15 +8,27 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Chain, DeviceQueue, QueueError};
 use super::{ActivateError, Activation, VirtioDevice};
+use crate::rate_limiter::{BucketUpdate, RateLimiter};
 
 const QUEUE_SIZE: u16 = 64;
+/// Events: the queue's, and the limiter's timer.
+const QUEUE: u32 = 0;
+const TIMER: u32 = 1;
 /// Most bytes given for one chain, whatever its length: a driver asks again.
 const MAX_BYTES: usize = 4096;
 /// Chains served for one event.
 const BUDGET: usize = 64;
 
+/// How an entropy device is presented.
+#[derive(Debug, Default)]
+pub struct RngOptions {
+    /// Limits on bytes given, and on requests.
+    pub rate_limiter: RateLimiter,
+}
+
 /// An entropy device.
 pub struct Rng {
+    options: RngOptions,
     event: [EventFd; 1],
     queue: Option<DeviceQueue>,
     chain: Chain,
@@ -24,17 +36,43 @@ pub struct Rng {
 
 impl Rng {
     /// An entropy device. Fails where no eventfd can be made.
-    pub fn new() -> std::io::Result<Rng> {
+    pub fn new(options: RngOptions) -> std::io::Result<Rng> {
         let event = [EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?];
-        Ok(Rng { event, queue: None, chain: Chain::default() })
+        Ok(Rng { options, event, queue: None, chain: Chain::default() })
+    }
+
+    /// Its limits, for a snapshot.
+    pub fn rate_limiter(&self) -> &RateLimiter {
+        &self.options.rate_limiter
+    }
+
+    /// Changes limits, also while the guest asks. Fails as [`RateLimiter::update`] does.
+    pub fn update_rate_limiter(
+        &mut self,
+        bandwidth: BucketUpdate,
+        ops: BucketUpdate,
+    ) -> std::io::Result<()> {
+        self.options.rate_limiter.update(bandwidth, ops)?;
+        // A request that was refused is asked for again.
+        let _ = self.event[0].write(1);
+        Ok(())
     }
 
     fn process(&mut self) -> Result<(), QueueError> {
         let Some(queue) = self.queue.as_mut() else { return Ok(()) };
+        let limiter = &mut self.options.rate_limiter;
+        if limiter.is_blocked() {
+            // The timer calls again.
+            return Ok(());
+        }
         let mut bytes = [0; MAX_BYTES];
         let mut budget = BUDGET;
         while queue.pop(&mut self.chain)? {
             let wanted = self.chain.writable.len().min(MAX_BYTES);
+            if !limiter.allows(wanted as u64, 1) {
+                queue.undo_pop();
+                break;
+            }
             let filled = fill(&mut bytes[..wanted]);
             let written = self.chain.writable.write(queue.memory(), 0, &bytes[..filled]);
             queue.push(&self.chain, written.unwrap_or(0))?;
@@ -95,11 +133,17 @@ impl VirtioDevice for Rng {
 
 impl MutEventSubscriber for Rng {
     fn init(&mut self, ops: &mut EventOps) {
-        super::register(ops, &self.event[0], 0, EventSet::IN);
+        super::register(ops, &self.event[0], QUEUE, EventSet::IN);
+        super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
     }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        let _ = self.event[0].read();
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
+        if events.data() == TIMER {
+            self.options.rate_limiter.timer_fired();
+        } else {
+            let _ = self.event[0].read();
+        }
         if let Err(error) = Rng::process(self) {
             super::broken("entropy", &mut self.queue, &error);
         }
@@ -108,12 +152,15 @@ impl MutEventSubscriber for Rng {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::rate_limiter::TokenBucket;
     use crate::virtio::testing::{Driver, survives_broken_queues};
 
     #[test]
     fn a_buffer_comes_back_filled_and_a_huge_one_in_part() {
-        let mut driver = Driver::new(Rng::new().unwrap());
+        let mut driver = Driver::new(Rng::new(RngOptions::default()).unwrap());
         let small = driver.buffer(&[0; 64]);
         let large = driver.buffer(&[0; 2 * MAX_BYTES]);
         driver.send(0, &[], &[(small, 64)]);
@@ -125,7 +172,41 @@ mod tests {
     }
 
     #[test]
+    fn what_goes_beyond_the_limit_waits_for_the_timer() {
+        let hour = 3_600_000;
+        let bytes = TokenBucket::new(100, 0, hour);
+        let rate_limiter = RateLimiter::new(bytes, None).unwrap();
+        let mut driver = Driver::new(Rng::new(RngOptions { rate_limiter }).unwrap());
+        let into = driver.buffer(&[0; 100]);
+        for length in [60, 40, 50, 25] {
+            driver.send(0, &[], &[(into, length)]);
+        }
+        let pass = |driver: &mut Driver<Rng>, minutes: u64| {
+            let time = Duration::from_secs(60 * minutes);
+            driver.device.lock().unwrap().options.rate_limiter.pass(time);
+            driver.run();
+            driver.used(0).len()
+        };
+        driver.notify(0);
+        assert_eq!(pass(&mut driver, 0), 2);
+        assert_eq!(pass(&mut driver, 29), 2);
+        assert_eq!(pass(&mut driver, 1), 3);
+        // One request in an hour, instead, and then as many as there are.
+        let one = BucketUpdate::Set(TokenBucket::new(1, 0, hour).unwrap());
+        for _ in 0..2 {
+            driver.send(0, &[], &[(into, 25)]);
+        }
+        driver.device.lock().unwrap().update_rate_limiter(BucketUpdate::Disabled, one).unwrap();
+        assert_eq!(pass(&mut driver, 0), 4);
+        assert_eq!(pass(&mut driver, 60), 5);
+        let (none, all) = (BucketUpdate::None, BucketUpdate::Disabled);
+        driver.device.lock().unwrap().update_rate_limiter(none, all).unwrap();
+        driver.run();
+        assert_eq!(driver.used(0).len(), 6);
+    }
+
+    #[test]
     fn hostile_1_broken_queues_are_survived() {
-        survives_broken_queues(|| Rng::new().unwrap());
+        survives_broken_queues(|| Rng::new(RngOptions::default()).unwrap());
     }
 }

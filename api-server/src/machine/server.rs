@@ -1,0 +1,249 @@
+//! The machine's API over HTTP/1.1 on a Unix socket. It knows connections and bytes; what requests
+//! mean is [`route`](super::route)'s affair, and carrying them out the machine's.
+
+use std::convert::Infallible;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONTENT_TYPE, SERVER};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde_json::json;
+use tokio::sync::{Semaphore, oneshot};
+
+use super::route::{Method, Routed, route};
+use super::{API_VERSION, MachineAnswer, MachineError, MachineRequest};
+
+/// Clients served at once; the next waits for one to go.
+const MAX_CLIENTS: usize = 64;
+/// Most bytes of a body where nothing else is asked for, as Firecracker has it.
+pub const DEFAULT_PAYLOAD_LIMIT: usize = 51_200;
+
+/// A request on its way to the machine.
+pub struct Call {
+    /// What is asked for.
+    pub request: MachineRequest,
+    /// Where the answer goes.
+    pub reply: oneshot::Sender<Result<MachineAnswer, MachineError>>,
+}
+
+/// Serves clients on this thread, as long as the process lives. Each request is given to `submit`,
+/// which must not block; a body has `payload_limit` bytes at most.
+pub fn serve(
+    listener: UnixListener,
+    payload_limit: usize,
+    submit: impl Fn(Call) + 'static,
+) -> io::Result<Infallible> {
+    listener.set_nonblocking(true)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let submit = std::rc::Rc::new(submit);
+    tokio::task::LocalSet::new().block_on(&runtime, async {
+        let listener = tokio::net::UnixListener::from_std(listener)?;
+        let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+        loop {
+            let Ok(place) = places.clone().acquire_owned().await else {
+                return Err(io::Error::other("no more clients can be served"));
+            };
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // No descriptor is left, say. Those who are served may free one.
+                    tracing::warn!(%error, "cannot accept a client of the API");
+                    tokio::task::yield_now().await;
+                    continue;
+                }
+            };
+            let submit = submit.clone();
+            tokio::task::spawn_local(async move {
+                let service = service_fn(|request| {
+                    let submit = submit.clone();
+                    async move { Ok::<_, Infallible>(answer(request, payload_limit, &*submit).await) }
+                });
+                let connection = hyper::server::conn::http1::Builder::new()
+                    .half_close(true)
+                    .serve_connection(TokioIo::new(stream), service);
+                if let Err(error) = connection.await {
+                    tracing::debug!(%error, "a client of the API");
+                }
+                drop(place);
+            });
+        }
+    })
+}
+
+async fn answer(
+    request: Request<Incoming>,
+    payload_limit: usize,
+    submit: &dyn Fn(Call),
+) -> Response<Full<Bytes>> {
+    let (head, body) = request.into_parts();
+    let method = match head.method {
+        hyper::Method::GET => Method::Get,
+        hyper::Method::PUT => Method::Put,
+        hyper::Method::PATCH => Method::Patch,
+        other => {
+            let mut response = fault(
+                StatusCode::BAD_REQUEST,
+                &format!("Invalid request method and/or path: {other} {}.", head.uri.path()),
+            );
+            let allowed = hyper::header::HeaderValue::from_static("GET, PUT, PATCH");
+            response.headers_mut().insert(ALLOW, allowed);
+            return response;
+        }
+    };
+    let body = match Limited::new(body, payload_limit).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) if error.is::<LengthLimitError>() => {
+            let text = format!(
+                "Request payload is larger than the limit of {payload_limit} allowed by server."
+            );
+            return fault(StatusCode::PAYLOAD_TOO_LARGE, &text);
+        }
+        Err(error) => return fault(StatusCode::BAD_REQUEST, &error.to_string()),
+    };
+    let Routed { request, deprecated } = match route(method, head.uri.path(), &body) {
+        Ok(routed) => routed,
+        Err(error) => return refusal(&error),
+    };
+    tracing::debug!("API: {} {}", head.method, head.uri.path());
+    let (reply, answered) = oneshot::channel();
+    submit(Call { request, reply });
+    let mut response = match answered.await {
+        Ok(Ok(answer)) => success(answer),
+        Ok(Err(error)) => {
+            tracing::warn!("API: {} {}: {error}", head.method, head.uri.path());
+            refusal(&error)
+        }
+        Err(_) => fault(StatusCode::INTERNAL_SERVER_ERROR, "the machine has ended"),
+    };
+    if deprecated {
+        let value = hyper::header::HeaderValue::from_static("true");
+        response.headers_mut().insert("Deprecation", value);
+    }
+    response
+}
+
+fn success(answer: MachineAnswer) -> Response<Full<Bytes>> {
+    let object = match answer {
+        MachineAnswer::Done => return respond(StatusCode::NO_CONTENT, Bytes::new()),
+        MachineAnswer::Version => json!({ "firecracker_version": API_VERSION }),
+        MachineAnswer::Instance(info) => json!(info),
+        MachineAnswer::Object(object) => object,
+    };
+    respond(StatusCode::OK, Bytes::from(object.to_string()))
+}
+
+fn refusal(error: &MachineError) -> Response<Full<Bytes>> {
+    let status = if error.not_found { StatusCode::NOT_FOUND } else { StatusCode::BAD_REQUEST };
+    fault(status, &error.message)
+}
+
+fn fault(status: StatusCode, message: &str) -> Response<Full<Bytes>> {
+    respond(status, Bytes::from(json!({ "fault_message": message }).to_string()))
+}
+
+fn respond(status: StatusCode, body: Bytes) -> Response<Full<Bytes>> {
+    use hyper::header::HeaderValue;
+    let typed = !body.is_empty();
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(SERVER, HeaderValue::from_static("vmrun"));
+    if typed {
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// What a client gets that sends this and then ends its side.
+    fn exchange(path: &std::path::Path, text: &str) -> String {
+        let mut client = UnixStream::connect(path).unwrap();
+        client.write_all(text.as_bytes()).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    fn server() -> (tempfile::TempDir, std::path::PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        std::thread::spawn(move || {
+            serve(listener, 100, |call| {
+                let answer = match call.request {
+                    MachineRequest::GetVersion => Ok(MachineAnswer::Version),
+                    MachineRequest::Pause => Ok(MachineAnswer::Done),
+                    MachineRequest::GetMmds => Err(MachineError::not_found("nothing there")),
+                    // Its answer never comes.
+                    MachineRequest::Resume => return,
+                    _ => Err(MachineError::new("refused")),
+                };
+                let _ = call.reply.send(answer);
+            })
+        });
+        (folder, path)
+    }
+
+    #[test]
+    fn answers_have_firecrackers_status_codes() {
+        let (_folder, path) = server();
+        let head = "Host: localhost\r\nAccept: application/json\r\n";
+        let get = |what: &str| exchange(&path, &format!("GET {what} HTTP/1.1\r\n{head}\r\n"));
+        let answer = get("/version");
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        assert!(answer.ends_with(r#"{"firecracker_version":"1.17.0"}"#), "{answer}");
+        let answer = get("/mmds");
+        assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+        assert!(answer.ends_with(r#"{"fault_message":"nothing there"}"#), "{answer}");
+        assert!(get("/nothing").starts_with("HTTP/1.1 400"));
+        let send = |method: &str, length: usize, body: &str| {
+            let length = format!("Content-Length: {length}\r\n");
+            exchange(&path, &format!("{method} /vm HTTP/1.1\r\n{head}{length}\r\n{body}"))
+        };
+        let pause = r#"{"state": "Paused"}"#;
+        assert!(send("PATCH", pause.len(), pause).starts_with("HTTP/1.1 204 No Content\r\n"));
+        assert!(send("DELETE", 0, "").starts_with("HTTP/1.1 400"));
+        assert!(send("PATCH", 200, &" ".repeat(200)).starts_with("HTTP/1.1 413"));
+        let resume = r#"{"state": "Resumed"}"#;
+        assert!(send("PATCH", resume.len(), resume).starts_with("HTTP/1.1 500"));
+    }
+
+    #[test]
+    fn one_connection_carries_many_requests() {
+        let (_folder, path) = server();
+        let one = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        let answer = exchange(&path, &one.repeat(3));
+        assert_eq!(answer.matches("HTTP/1.1 200 OK").count(), 3, "{answer}");
+    }
+
+    /// HOSTILE.md 23: what is no HTTP, or never ends, hurts nobody else.
+    #[test]
+    fn hostile_23_garbage_is_survived() {
+        let (_folder, path) = server();
+        let _silent: Vec<_> = (0..20).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        let long = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(1 << 20));
+        for garbage in
+            ["", "\0\0\0\0", "GET", "PUT / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", &long]
+        {
+            let mut client = UnixStream::connect(&path).unwrap();
+            let _ = client.write_all(garbage.as_bytes());
+            let _ = client.shutdown(std::net::Shutdown::Write);
+            let _ = client.read_to_end(&mut Vec::new());
+        }
+        let answer = exchange(&path, "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+}
