@@ -12,4 +12,9 @@ pub mod memory;
 pub mod registers;
 
 /// Guest memory, as the whole monitor uses it.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+pub type GuestMemory = vm_memory::GuestMemoryMmap<memory::DirtyBitmap>;
+/// A contiguous piece of guest memory.
+pub type GuestRegion = vm_memory::GuestRegionMmap<memory::DirtyBitmap>;
+/// Bytes of guest memory in the host's address space.
+pub type GuestSlice<'a> =
+    vm_memory::VolatileSlice<'a, vm_memory::bitmap::BS<'a, memory::DirtyBitmap>>;

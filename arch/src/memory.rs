@@ -1,6 +1,9 @@
 //! Where RAM is, and what the kernel is told of it.
 
+use std::num::NonZeroUsize;
+
 use vm_memory::GuestAddress;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap, WithBitmapSlice};
 
 use crate::layout;
 
@@ -25,6 +28,56 @@ pub struct Range {
     pub size: u64,
     /// What it is for.
     pub kind: RangeKind,
+}
+
+/// The pages of a region that the monitor itself wrote, where somebody wants to know. What the
+/// guest writes, KVM records.
+#[derive(Debug, Default)]
+pub struct DirtyBitmap(Option<AtomicBitmap>);
+
+impl DirtyBitmap {
+    /// A record of a region of so many bytes.
+    pub fn tracking(bytes: usize) -> DirtyBitmap {
+        DirtyBitmap(Some(AtomicBitmap::new(bytes, PAGE)))
+    }
+
+    /// Whether anything is recorded.
+    pub fn is_tracking(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// The record, one bit a page, which begins anew.
+    pub fn take(&self) -> Vec<u64> {
+        self.0.as_ref().map(AtomicBitmap::get_and_reset).unwrap_or_default()
+    }
+}
+
+/// Bytes that a bit stands for, in this record as in KVM's.
+const PAGE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
+impl<'a> WithBitmapSlice<'a> for DirtyBitmap {
+    type S = <Option<AtomicBitmap> as WithBitmapSlice<'a>>::S;
+}
+
+impl Bitmap for DirtyBitmap {
+    fn mark_dirty(&self, offset: usize, length: usize) {
+        self.0.mark_dirty(offset, length);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.0.dirty_at(offset)
+    }
+
+    fn slice_at(&self, offset: usize) -> <Self as WithBitmapSlice<'_>>::S {
+        self.0.slice_at(offset)
+    }
+}
+
+/// Memory that is made without a word about it records nothing.
+impl NewBitmap for DirtyBitmap {
+    fn with_len(_bytes: usize) -> Self {
+        DirtyBitmap(None)
+    }
 }
 
 /// The pieces of guest memory of `size` bytes: one, or two around the MMIO hole.

@@ -6,11 +6,10 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::mman::{MmapAdvise, madvise};
 use vm_memory::{
-    Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
 };
 
-use crate::GuestMemory;
+use crate::{GuestMemory, GuestRegion};
 
 /// Bytes of a page, of the host and of the guest.
 pub const PAGE: u64 = 4096;
@@ -67,7 +66,7 @@ pub fn discard(memory: &GuestMemory, start: GuestAddress, length: u64) -> Result
 }
 
 /// The same for so many bytes from this offset into a region on. Both are whole pages.
-fn discard_in(region: &GuestRegionMmap, offset: u64, length: u64) -> Result<(), Errno> {
+fn discard_in(region: &GuestRegion, offset: u64, length: u64) -> Result<(), Errno> {
     if region.flags() & libc::MAP_SHARED != 0
         && let Some(file) = region.file_offset()
     {
@@ -163,7 +162,7 @@ mod tests {
             .with_file_offset(FileOffset::new(file.try_clone().unwrap(), 0))
             .build()
             .unwrap();
-        let region = GuestRegionMmap::new(region, GuestAddress(BASE)).unwrap();
+        let region = GuestRegion::new(region, GuestAddress(BASE)).unwrap();
         let memory = filled(GuestMemory::from_regions(vec![region]).unwrap());
         discard(&memory, GuestAddress(BASE + PAGE), PAGE).unwrap();
         assert_eq!(pages(&memory), [1, 9, 1, 1, 1, 1, 1, 1]);
@@ -213,7 +212,7 @@ mod tests {
             .with_file_offset(FileOffset::new(readable, 0))
             .build()
             .unwrap();
-        let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
+        let region = GuestRegion::new(region, GuestAddress(0)).unwrap();
         let memory = GuestMemory::from_regions(vec![region]).unwrap();
         let error = discard(&memory, GuestAddress(0), PAGE).unwrap_err();
         assert_eq!(error, DiscardError::Host { start: 0, length: PAGE, error: Errno::EBADF });

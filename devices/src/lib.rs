@@ -12,5 +12,4 @@ pub mod legacy;
 pub mod rate_limiter;
 pub mod virtio;
 
-/// Guest memory as every device sees it. Cloning shares the mappings.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+pub use arch::{GuestMemory, GuestRegion, GuestSlice};

@@ -1,20 +1,19 @@
 //! A whole machine in one JSON file, as Firecracker's `--config-file` has it.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::{
-    BootSource, Console, Drive, Entropy, Logger, MachineConfig, MachineError, MachineRequest,
-    NetworkInterface, Vsock,
+    Balloon, BootSource, Console, CpuConfig, Drive, Entropy, Logger, MachineConfig, MachineError,
+    MachineRequest, MemoryHotplug, Metrics, MmdsConfig, NetworkInterface, Pmem, Serial, Vsock,
 };
 
-/// The file's objects. Those that are known and not carried out yet are read to be refused by name;
-/// `null` and empty lists of them are what Firecracker's own examples have.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// The file's objects; `GET /vm/config` answers with the same.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ConfigFile {
-    /// What to boot.
-    pub boot_source: BootSource,
+    /// What to boot; absent only in a restored machine's answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_source: Option<BootSource>,
     /// Block devices, in the order in which the guest finds them, the root device before all.
     #[serde(default)]
     pub drives: Vec<Drive>,
@@ -36,27 +35,34 @@ pub struct ConfigFile {
     /// The guest's consoles.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<Console>,
-    #[serde(default, skip_serializing)]
-    balloon: Value,
-    #[serde(default, skip_serializing)]
-    cpu_config: Value,
-    #[serde(default, skip_serializing)]
-    memory_hotplug: Value,
-    #[serde(default, skip_serializing)]
-    metrics: Value,
-    #[serde(default, skip_serializing)]
-    mmds_config: Value,
-    #[serde(default, skip_serializing)]
-    pmem: Value,
-    #[serde(default, skip_serializing)]
-    serial: Value,
+    /// The balloon device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// A custom CPU template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_config: Option<CpuConfig>,
+    /// Memory to be plugged in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_hotplug: Option<MemoryHotplug>,
+    /// Where metrics go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
+    /// The metadata service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mmds_config: Option<MmdsConfig>,
+    /// Files that the guest sees as memory.
+    #[serde(default)]
+    pub pmem: Vec<Pmem>,
+    /// The serial port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
 }
 
 impl ConfigFile {
     /// A machine that boots from here and has nothing else.
     pub fn new(boot_source: BootSource) -> ConfigFile {
         ConfigFile {
-            boot_source,
+            boot_source: Some(boot_source),
             drives: Vec::new(),
             machine_config: None,
             network_interfaces: Vec::new(),
@@ -64,48 +70,44 @@ impl ConfigFile {
             entropy: None,
             logger: None,
             console: None,
-            balloon: Value::Null,
-            cpu_config: Value::Null,
-            memory_hotplug: Value::Null,
-            metrics: Value::Null,
-            mmds_config: Value::Null,
-            pmem: Value::Null,
-            serial: Value::Null,
+            balloon: None,
+            cpu_config: None,
+            memory_hotplug: None,
+            metrics: None,
+            mmds_config: None,
+            pmem: Vec::new(),
+            serial: None,
         }
     }
 
     /// Reads the text of a file.
     pub fn parse(text: &[u8]) -> Result<ConfigFile, MachineError> {
         let file: ConfigFile =
-            serde_json::from_slice(text).map_err(|error| MachineError(error.to_string()))?;
-        for (name, value) in [
-            ("balloon", &file.balloon),
-            ("cpu-config", &file.cpu_config),
-            ("memory-hotplug", &file.memory_hotplug),
-            ("metrics", &file.metrics),
-            ("mmds-config", &file.mmds_config),
-            ("pmem", &file.pmem),
-            ("serial", &file.serial),
-        ] {
-            let empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-            if !empty {
-                return Err(MachineError(format!("{name} is not supported yet")));
-            }
+            serde_json::from_slice(text).map_err(|error| MachineError::new(&error.to_string()))?;
+        match file.boot_source {
+            Some(_) => Ok(file),
+            None => Err(MachineError::new("missing field `boot-source`")),
         }
-        Ok(file)
     }
 
     /// The requests that make this machine and start it.
     pub fn into_requests(self) -> impl Iterator<Item = MachineRequest> {
         let mut requests = Vec::new();
         requests.extend(self.logger.map(MachineRequest::PutLogger));
+        requests.extend(self.metrics.map(MachineRequest::PutMetrics));
+        requests.extend(self.cpu_config.map(MachineRequest::PutCpuConfig));
         requests.extend(self.machine_config.map(MachineRequest::PutMachineConfig));
-        requests.push(MachineRequest::PutBootSource(self.boot_source));
+        requests.extend(self.boot_source.map(MachineRequest::PutBootSource));
         requests.extend(self.drives.into_iter().map(MachineRequest::PutDrive));
         let interfaces = self.network_interfaces.into_iter();
         requests.extend(interfaces.map(MachineRequest::PutNetworkInterface));
         requests.extend(self.vsock.map(MachineRequest::PutVsock));
         requests.extend(self.entropy.map(MachineRequest::PutEntropy));
+        requests.extend(self.balloon.map(MachineRequest::PutBalloon));
+        requests.extend(self.pmem.into_iter().map(MachineRequest::PutPmem));
+        requests.extend(self.memory_hotplug.map(MachineRequest::PutMemoryHotplug));
+        requests.extend(self.mmds_config.map(MachineRequest::PutMmdsConfig));
+        requests.extend(self.serial.map(MachineRequest::PutSerial));
         requests.extend(self.console.map(MachineRequest::PutConsole));
         requests.push(MachineRequest::StartInstance);
         requests.into_iter()

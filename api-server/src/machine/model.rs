@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::MachineError;
+use super::{MachineError, RateLimiter};
 
 /// What to boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,20 +75,48 @@ impl MachineConfig {
         if self.mem_size_mib == 0 {
             return refuse("The memory size (MiB) is invalid.");
         }
-        if self.track_dirty_pages {
-            return refuse("track_dirty_pages is not supported yet");
-        }
-        match self.huge_pages {
-            HugePages::None => {}
-            HugePages::Transparent => {
-                return refuse("huge_pages \"Transparent\" is not supported yet");
-            }
-            HugePages::Explicit => return refuse("huge_pages \"2M\" is not supported yet"),
+        if self.huge_pages == HugePages::Explicit && !self.mem_size_mib.is_multiple_of(2) {
+            return refuse("The memory size (MiB) is not a multiple of the page size, 2 MiB.");
         }
         match self.cpu_template.as_deref() {
             None | Some("None") => Ok(()),
             Some(_) => refuse("cpu_template is not supported yet"),
         }
+    }
+}
+
+/// `PATCH /machine-config`: what is not named stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfigUpdate {
+    /// Number of virtual processors.
+    pub vcpu_count: Option<u8>,
+    /// Memory in MiB.
+    pub mem_size_mib: Option<usize>,
+    /// Two threads a core.
+    pub smt: Option<bool>,
+    /// Record which pages are written.
+    pub track_dirty_pages: Option<bool>,
+    /// Pages that back guest memory.
+    pub huge_pages: Option<HugePages>,
+    /// A set of processor features.
+    pub cpu_template: Option<String>,
+}
+
+impl MachineConfigUpdate {
+    /// The configuration with these changes; refused where it names none.
+    pub fn apply(self, to: &MachineConfig) -> Result<MachineConfig, MachineError> {
+        if self == MachineConfigUpdate::default() {
+            return refuse("Empty PATCH request.");
+        }
+        Ok(MachineConfig {
+            vcpu_count: self.vcpu_count.unwrap_or(to.vcpu_count),
+            mem_size_mib: self.mem_size_mib.unwrap_or(to.mem_size_mib),
+            smt: self.smt.unwrap_or(to.smt),
+            track_dirty_pages: self.track_dirty_pages.unwrap_or(to.track_dirty_pages),
+            huge_pages: self.huge_pages.unwrap_or(to.huge_pages),
+            cpu_template: self.cpu_template.or_else(|| to.cpu_template.clone()),
+        })
     }
 }
 
@@ -130,7 +158,7 @@ pub struct Drive {
     pub io_engine: IoEngine,
     /// Limits on bandwidth and operations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rate_limiter: Option<serde_json::Value>,
+    pub rate_limiter: Option<RateLimiter>,
     /// A vhost-user back end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
@@ -142,7 +170,6 @@ impl Drive {
         check_id("drive_id", &self.drive_id)?;
         let id = &self.drive_id;
         for (given, field) in [
-            (self.rate_limiter.is_some(), "rate_limiter"),
             (self.socket.is_some(), "socket (vhost-user)"),
             (self.io_engine == IoEngine::Async, "io_engine \"Async\""),
         ] {
@@ -193,10 +220,10 @@ pub struct NetworkInterface {
     pub mtu: Option<u16>,
     /// Limits on what the guest receives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rx_rate_limiter: Option<serde_json::Value>,
+    pub rx_rate_limiter: Option<RateLimiter>,
     /// Limits on what the guest sends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tx_rate_limiter: Option<serde_json::Value>,
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 impl NetworkInterface {
@@ -204,9 +231,6 @@ impl NetworkInterface {
     pub fn check(&self) -> Result<Option<[u8; 6]>, MachineError> {
         check_id("iface_id", &self.iface_id)?;
         let id = &self.iface_id;
-        if self.rx_rate_limiter.is_some() || self.tx_rate_limiter.is_some() {
-            return refuse(&format!("interface {id}: rate limiters are not supported yet"));
-        }
         if self.mtu.is_some_and(|mtu| mtu < 68) {
             return refuse(&format!("interface {id}: an MTU is at least 68"));
         }
@@ -261,17 +285,7 @@ impl Vsock {
 pub struct Entropy {
     /// Limits on bandwidth and operations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rate_limiter: Option<serde_json::Value>,
-}
-
-impl Entropy {
-    /// Refuses what is not carried out yet.
-    pub fn check(&self) -> Result<(), MachineError> {
-        match self.rate_limiter {
-            Some(_) => refuse("entropy: rate_limiter is not supported yet"),
-            None => Ok(()),
-        }
-    }
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// Where messages of the monitor go.
@@ -337,11 +351,11 @@ impl Default for Console {
     }
 }
 
-fn yes() -> bool {
+pub(super) fn yes() -> bool {
     true
 }
 
-fn check_id(field: &str, id: &str) -> Result<(), MachineError> {
+pub(super) fn check_id(field: &str, id: &str) -> Result<(), MachineError> {
     if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
         return refuse(&format!("{field} {id:?} may only have letters, digits and underscores"));
     }
@@ -349,5 +363,5 @@ fn check_id(field: &str, id: &str) -> Result<(), MachineError> {
 }
 
 fn refuse<T>(message: &str) -> Result<T, MachineError> {
-    Err(MachineError(message.to_owned()))
+    Err(MachineError::new(message))
 }

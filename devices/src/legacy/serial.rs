@@ -2,8 +2,9 @@
 
 use std::io::{self, Write};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
@@ -40,6 +41,51 @@ pub struct SerialPort {
     room: EventFd,
 }
 
+/// The port's registers and the input that the guest has not read, for a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialPortState {
+    registers: [u8; 9],
+    input: Vec<u8>,
+}
+
+impl From<SerialState> for SerialPortState {
+    fn from(state: SerialState) -> SerialPortState {
+        SerialPortState {
+            registers: [
+                state.baud_divisor_low,
+                state.baud_divisor_high,
+                state.interrupt_enable,
+                state.interrupt_identification,
+                state.line_control,
+                state.line_status,
+                state.modem_control,
+                state.modem_status,
+                state.scratch,
+            ],
+            input: state.in_buffer,
+        }
+    }
+}
+
+impl From<&SerialPortState> for SerialState {
+    fn from(state: &SerialPortState) -> SerialState {
+        let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] =
+            state.registers;
+        SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: line,
+            line_status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: state.input.clone(),
+        }
+    }
+}
+
 /// A writer that never fails.
 struct Lossy(Box<dyn Write + Send>);
 
@@ -58,11 +104,26 @@ impl Write for Lossy {
 impl SerialPort {
     /// A port with nothing connected to its input yet.
     pub fn new(output: Box<dyn Write + Send>) -> io::Result<SerialPort> {
+        SerialPort::restore(output, &SerialPortState::from(SerialState::default()))
+    }
+
+    /// The port that was saved, with another output.
+    pub fn restore(
+        output: Box<dyn Write + Send>,
+        state: &SerialPortState,
+    ) -> io::Result<SerialPort> {
         let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let line = Line(interrupt.try_clone()?);
-        let port = Serial::with_events(line, Room(room.try_clone()?), Lossy(output));
+        let events = Room(room.try_clone()?);
+        let port = Serial::from_state(&state.into(), line, events, Lossy(output))
+            .map_err(|error| io::Error::other(format!("{error:?}")))?;
         Ok(SerialPort { port, interrupt, room })
+    }
+
+    /// What goes into a snapshot.
+    pub fn save(&self) -> SerialPortState {
+        self.port.state().into()
     }
 
     /// Written when the port interrupts: to be made an irqfd.
@@ -125,6 +186,22 @@ mod tests {
         }
         assert_eq!(port.room_event().read().unwrap(), 1);
         assert_eq!(port.input_capacity(), fits);
+    }
+
+    #[test]
+    fn a_restored_port_has_the_registers_and_the_input_of_the_other() {
+        let mut port = SerialPort::new(Box::new(io::sink())).unwrap();
+        port.write(7, &[0x5a]);
+        port.input(b"not read yet");
+        let state = port.save();
+        let mut other = SerialPort::restore(Box::new(io::sink()), &state).unwrap();
+        let mut byte = [0];
+        other.read(7, &mut byte);
+        assert_eq!(byte, [0x5a]);
+        other.read(0, &mut byte);
+        assert_eq!(byte, *b"n");
+        let state = SerialPortState { input: vec![0; 1 << 20], ..state };
+        assert!(SerialPort::restore(Box::new(io::sink()), &state).is_err());
     }
 
     /// HOSTILE.md 14: every register with every value and size.

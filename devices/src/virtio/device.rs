@@ -6,6 +6,7 @@ use event_manager::MutEventSubscriber;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::{DeviceState, QueuePosition, RestoreError};
 use crate::GuestMemory;
 
 /// How a device interrupts its driver. Implemented by transports; shared with other threads.
@@ -85,4 +86,21 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
 
     /// Stops and forgets the driver. See the lifecycle above.
     fn reset(&mut self);
+
+    /// Where the device is in each of its queues, for a snapshot; nothing where it is not active.
+    /// A chain that was taken and not returned counts as not taken.
+    fn queue_positions(&self) -> Vec<Option<QueuePosition>>;
+
+    /// What the device knows beside that, for a snapshot.
+    fn save(&self) -> DeviceState {
+        DeviceState::Plain
+    }
+
+    /// Takes up what another device with the same configuration knew; before activation.
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Plain => Ok(()),
+            other => Err(other.mismatch()),
+        }
+    }
 }

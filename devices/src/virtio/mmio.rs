@@ -5,6 +5,7 @@ use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -16,7 +17,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, Interrupt, VirtioDevice};
+use super::{Activation, Interrupt, QueuePosition, RestoreError, VirtioDevice};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
 
@@ -66,8 +67,23 @@ impl Interrupt for Line {
     }
 }
 
+/// A transport's registers, for a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MmioState {
+    status: u32,
+    interrupt_status: u32,
+    device_features_page: u32,
+    driver_features_page: u32,
+    driver_features: u64,
+    selected_queue: u32,
+    queues: Vec<QueueRegisters>,
+    /// Where the device is in its queues; none where it was not active.
+    positions: Vec<Option<QueuePosition>>,
+}
+
 /// What the driver says of one queue, as it says it: whether that can be is decided when the device
 /// starts, so that no value the driver did not write ever takes the place of one that it did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct QueueRegisters {
     max_size: u16,
     size: u32,
@@ -166,6 +182,62 @@ impl MmioTransport {
     /// notification register with the queue's index as the value.
     pub fn queue_events(&self) -> io::Result<Vec<EventFd>> {
         lock(&self.device).queue_events().iter().map(EventFd::try_clone).collect()
+    }
+
+    /// What goes into a snapshot. Nothing may be in flight.
+    pub fn save(&self) -> MmioState {
+        MmioState {
+            status: self.status | self.line.broken.load(Ordering::SeqCst),
+            interrupt_status: self.line.status.load(Ordering::SeqCst),
+            device_features_page: self.device_features_page,
+            driver_features_page: self.driver_features_page,
+            driver_features: self.driver_features,
+            selected_queue: self.selected_queue,
+            queues: self.queues.clone(),
+            positions: lock(&self.device).queue_positions(),
+        }
+    }
+
+    /// Takes up what a snapshot has, in place of what the driver would do step by step. The device
+    /// has taken up its own state before.
+    pub fn restore(&mut self, state: MmioState) -> Result<(), RestoreError> {
+        let refused = |reason: String| Err(RestoreError(reason));
+        let as_made = self.queues.iter().map(|queue| queue.max_size);
+        if !state.queues.iter().map(|queue| queue.max_size).eq(as_made) {
+            return refused("it has other queues".to_owned());
+        }
+        self.status = state.status & !NEEDS_RESET;
+        self.line.broken.store(state.status & NEEDS_RESET, Ordering::SeqCst);
+        self.line.status.store(state.interrupt_status, Ordering::SeqCst);
+        self.device_features_page = state.device_features_page;
+        self.driver_features_page = state.driver_features_page;
+        self.driver_features = state.driver_features;
+        self.selected_queue = state.selected_queue;
+        self.queues = state.queues;
+        if self.status & FEATURES_OK != 0 && !self.features_agree() {
+            return refused("its driver uses features that are not offered".to_owned());
+        }
+        // A device that was not active, or had stopped, stays so.
+        if self.status & DRIVER_OK == 0 || state.positions.is_empty() {
+            return Ok(());
+        }
+        let mut queues = self.build_queues().map_err(RestoreError)?;
+        if queues.len() != state.positions.len() {
+            return refused("it has other queues".to_owned());
+        }
+        for (queue, position) in queues.iter_mut().zip(state.positions) {
+            match (queue, position) {
+                (Some(queue), Some(position)) => {
+                    queue.set_next_avail(position.next_available);
+                    queue.set_next_used(position.next_used);
+                }
+                // One that the driver set up and the device does not use.
+                (Some(_), None) | (None, None) => {}
+                (None, Some(_)) => return refused("a queue in use is not set up".to_owned()),
+            }
+        }
+        let activation = self.activation(queues);
+        lock(&self.device).activate(activation).map_err(|error| RestoreError(error.to_string()))
     }
 
     fn queue(&self) -> Option<&QueueRegisters> {
@@ -289,34 +361,39 @@ impl MmioTransport {
 
     fn activate(&mut self) {
         self.status |= DRIVER_OK;
-        let mut queues = Vec::with_capacity(self.queues.len());
+        let started = self.build_queues().and_then(|queues| {
+            let activation = self.activation(queues);
+            lock(&self.device).activate(activation).map_err(|error| error.to_string())
+        });
+        if let Err(reason) = started {
+            guest_warning!("{reason}");
+            self.line.needs_reset();
+        }
+    }
+
+    /// The queues that the registers describe, or why there can be none such.
+    fn build_queues(&self) -> Result<Vec<Option<Queue>>, String> {
         let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        for registers in &self.queues {
+        let build = |(index, registers): (usize, &QueueRegisters)| {
             if !registers.ready {
-                queues.push(None);
-                continue;
+                return Ok(None);
             }
             let reason = match registers.queue(&self.memory, event_idx) {
-                Ok(queue) if !rings_overlap(&queue) => {
-                    queues.push(Some(queue));
-                    continue;
-                }
+                Ok(queue) if !rings_overlap(&queue) => return Ok(Some(queue)),
                 Ok(_) => "rings overlap".to_owned(),
                 Err(error) => error.to_string(),
             };
-            guest_warning!("queue {} cannot be: {reason}", queues.len());
-            self.line.needs_reset();
-            return;
-        }
-        let activation = Activation {
+            Err(format!("queue {index} cannot be: {reason}"))
+        };
+        self.queues.iter().enumerate().map(build).collect()
+    }
+
+    fn activation(&self, queues: Vec<Option<Queue>>) -> Activation {
+        Activation {
             memory: self.memory.clone(),
             queues,
             features: self.driver_features,
             interrupt: self.line.clone(),
-        };
-        if let Err(error) = lock(&self.device).activate(activation) {
-            guest_warning!("{error}");
-            self.line.needs_reset();
         }
     }
 

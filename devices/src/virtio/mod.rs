@@ -8,6 +8,7 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+mod state;
 #[cfg(test)]
 mod test_driver;
 #[cfg(test)]
@@ -16,12 +17,14 @@ mod vectored;
 pub mod vsock;
 
 use std::os::fd::AsRawFd;
+use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events};
 
 pub use device::{ActivateError, Activation, Interrupt, VirtioDevice};
+pub use state::{DeviceState, QueuePosition, RestoreError};
 
-use crate::rate_limiter::RateLimiter;
+use crate::rate_limiter::{RateLimiter, RateLimiterState};
 use queue::{DeviceQueue, QueueError};
 
 /// Takes the queues of a device all of whose queues must be there.
@@ -57,6 +60,11 @@ fn register_timer(ops: &mut EventOps, limiter: &mut RateLimiter, data: u32) {
     if let Some(timer) = limiter.timer_to_watch() {
         register(ops, &timer, data, EventSet::IN);
     }
+}
+
+/// Limits as a snapshot has them, from now on.
+fn restore_limits(state: &RateLimiterState) -> Result<RateLimiter, RestoreError> {
+    RateLimiter::restore(state, Instant::now()).map_err(|error| RestoreError(error.to_string()))
 }
 
 /// Stops a device whose driver broke the rules, until that driver resets it.

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
-use super::Interrupt;
-use crate::GuestMemory;
+use super::{Interrupt, QueuePosition};
+use crate::{GuestMemory, GuestSlice};
 
 /// Most chains a device handles for one event before it lets others have their turn.
 pub const BUDGET: usize = 256;
@@ -84,7 +84,7 @@ impl Buffers {
         &'a self,
         memory: &'a GuestMemory,
         range: Range<usize>,
-    ) -> impl Iterator<Item = Result<VolatileSlice<'a>, GuestMemoryError>> + 'a {
+    ) -> impl Iterator<Item = Result<GuestSlice<'a>, GuestMemoryError>> + 'a {
         self.ranges(range).flat_map(move |(address, length)| memory.get_slices(address, length))
     }
 
@@ -163,6 +163,19 @@ impl DeviceQueue {
     /// The memory that its buffers are in.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// Where it is, had the last `pending` chains not been taken.
+    pub fn position(&self, pending: usize) -> QueuePosition {
+        QueuePosition {
+            next_available: self.queue.next_avail().wrapping_sub(pending as u16),
+            next_used: self.queue.next_used(),
+        }
+    }
+
+    /// Tells the driver that the configuration space changed.
+    pub fn config_changed(&self) {
+        self.interrupt.config_changed();
     }
 
     /// Reports `DEVICE_NEEDS_RESET`.

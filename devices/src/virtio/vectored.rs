@@ -5,8 +5,11 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 
+use vm_memory::GuestMemoryError;
+use vm_memory::bitmap::Bitmap;
+
 use super::queue::Buffers;
-use crate::GuestMemory;
+use crate::{GuestMemory, GuestSlice};
 
 /// Most pieces of guest memory in one call: the descriptors of a full queue, and ours.
 pub const MAX_PIECES: usize = 264;
@@ -18,11 +21,12 @@ const NOTHING: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_l
 pub fn read<'a>(
     from: &impl AsFd,
     memory: &'a GuestMemory,
-    into: impl Iterator<Item = (&'a Buffers, Range<usize>)>,
+    into: impl Iterator<Item = (&'a Buffers, Range<usize>)> + Clone,
 ) -> io::Result<usize> {
     let mut pieces = [NOTHING; MAX_PIECES];
     let mut count = 0;
-    for slice in into.flat_map(|(buffers, range)| buffers.slices(memory, range)) {
+    let slices = || into.clone().flat_map(|(buffers, range)| buffers.slices(memory, range));
+    for slice in slices() {
         let Some(piece) = pieces.get_mut(count) else { break };
         let slice = slice.map_err(io::Error::other)?;
         piece.iov_base = slice.ptr_guard_mut().as_ptr().cast();
@@ -33,7 +37,23 @@ pub fn read<'a>(
     // SAFETY: every piece is a range of guest memory that vm-memory has checked, and that `memory`
     // keeps mapped during the call. The guest may change it meanwhile; the kernel only copies
     // bytes, so no Rust reference to it exists.
-    result(unsafe { libc::readv(descriptor, pieces.as_ptr(), count as libc::c_int) })
+    let done = result(unsafe { libc::readv(descriptor, pieces.as_ptr(), count as libc::c_int) })?;
+    mark_written(slices(), done);
+    Ok(done)
+}
+
+/// Records that the host's kernel wrote so many bytes into these pieces of guest memory: nobody saw
+/// it but us.
+pub fn mark_written<'a>(
+    slices: impl Iterator<Item = Result<GuestSlice<'a>, GuestMemoryError>>,
+    mut bytes: usize,
+) {
+    for slice in slices.flatten() {
+        let Some(bitmap) = slice.bitmap().as_ref().filter(|_| bytes > 0) else { return };
+        let part = slice.len().min(bytes);
+        bitmap.mark_dirty(0, part);
+        bytes -= part;
+    }
 }
 
 /// Writes these bytes of ours, and then this range of buffers; the number of bytes that were taken.

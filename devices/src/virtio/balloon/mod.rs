@@ -29,7 +29,9 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Chain, DeviceQueue, QueueError};
-use super::{ActivateError, Activation, Interrupt, VirtioDevice};
+use super::{
+    ActivateError, Activation, DeviceState, Interrupt, QueuePosition, RestoreError, VirtioDevice,
+};
 use crate::GuestMemory;
 use crate::discard::PAGE;
 use channel::{Channel, Progress, discard_writable, inflate};
@@ -463,6 +465,20 @@ impl VirtioDevice for Balloon {
         self.actual_pages = 0;
         self.statistics = Default::default();
         self.hinting.forget_guest();
+    }
+
+    fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
+        let channels = self.active.iter().flat_map(|active| &active.channels);
+        channels.map(|channel| Some(channel.as_ref()?.queue.position(0))).collect()
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Balloon(Balloon::save(self))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Balloon(state) = state else { return Err(state.mismatch()) };
+        Balloon::restore(self, state).map_err(|error| RestoreError(error.to_string()))
     }
 }
 

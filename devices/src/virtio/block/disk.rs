@@ -11,6 +11,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use super::request::{HEADER, ID, Operation, SectorRange};
 use crate::GuestMemory;
 use crate::virtio::queue::{Buffers, Chain};
+use crate::virtio::vectored;
 
 const SECTOR: u64 = 512;
 /// Most pieces of guest memory handed to one system call (Linux: `UIO_MAXIOV`).
@@ -234,6 +235,10 @@ impl Disk {
                 // The file was cut off under us.
                 0 => return Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
                 1.. => {
+                    if let Direction::FromFile = direction {
+                        let written = buffers.slices(memory, from..end);
+                        vectored::mark_written(written, done as usize);
+                    }
                     from += done as usize;
                     offset += done as u64;
                 }

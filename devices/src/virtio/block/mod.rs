@@ -6,6 +6,8 @@
 mod disk;
 mod request;
 
+use std::time::Instant;
+
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
@@ -21,7 +23,7 @@ pub use disk::{Disk, DiskError};
 use request::{Refused, Request};
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
-use super::{ActivateError, Activation, VirtioDevice};
+use super::{ActivateError, Activation, DeviceState, QueuePosition, RestoreError, VirtioDevice};
 use crate::rate_limiter::{BucketUpdate, RateLimiter};
 
 const QUEUE_SIZE: u16 = 256;
@@ -76,6 +78,16 @@ impl Block {
         let event = [EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?];
         let config = config_space(disk.sectors());
         Ok(Block { options, disk, features, config, event, queue: None, chain: Chain::default() })
+    }
+
+    /// Puts another disk in, or the same one with another size, and tells the guest. It must be
+    /// writable or not as the first one was: the guest has been told.
+    pub fn replace_disk(&mut self, disk: Disk) {
+        self.config = config_space(disk.sectors());
+        self.disk = disk;
+        if let Some(queue) = &self.queue {
+            queue.config_changed();
+        }
     }
 
     /// Its limits, for a snapshot.
@@ -222,6 +234,20 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.queue = None;
+    }
+
+    fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
+        self.queue.iter().map(|queue| Some(queue.position(0))).collect()
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Block(self.options.rate_limiter.save(Instant::now()))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Block(limits) = state else { return Err(state.mismatch()) };
+        self.options.rate_limiter = super::restore_limits(&limits)?;
+        Ok(())
     }
 }
 

@@ -9,7 +9,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
-use super::{ActivateError, Activation, VirtioDevice};
+use super::{ActivateError, Activation, DeviceState, QueuePosition, RestoreError, VirtioDevice};
 
 const QUEUE_SIZE: u16 = 64;
 const RECEIVE: usize = 0;
@@ -99,6 +99,20 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         self.queues = None;
+    }
+
+    fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
+        self.queues.iter().flatten().map(|queue| Some(queue.position(0))).collect()
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Console { left: self.left }
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Console { left } = state else { return Err(state.mismatch()) };
+        self.left = self.left.min(left);
+        Ok(())
     }
 }
 

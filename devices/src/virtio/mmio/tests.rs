@@ -54,6 +54,14 @@ impl VirtioDevice for Fake {
     fn reset(&mut self) {
         self.resets += 1;
     }
+    fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
+        let Some(activation) = self.activations.last() else { return Vec::new() };
+        let position = |queue: &Queue| QueuePosition {
+            next_available: queue.next_avail(),
+            next_used: queue.next_used(),
+        };
+        activation.queues.iter().map(|queue| queue.as_ref().map(position)).collect()
+    }
 }
 
 /// The registers of a fake device, and the device.
@@ -437,4 +445,62 @@ fn the_configuration_is_not_written_before_there_is_a_driver() {
     guest.status(ACKNOWLEDGE | DRIVER);
     guest.registers.write(0x102, &[7]);
     assert_eq!(guest.device.lock().unwrap().written, [(2, vec![7])]);
+}
+
+#[test]
+fn a_restored_device_goes_on_where_the_other_stood() {
+    let mut guest = Guest::with_queues();
+    assert_eq!(guest.status(RUNNING), RUNNING);
+    {
+        let mut device = guest.device.lock().unwrap();
+        let queue = device.activations[0].queues[1].as_mut().unwrap();
+        queue.set_next_avail(700);
+        queue.set_next_used(699);
+    }
+    let state = guest.registers.save();
+    let bytes = serde_json::to_vec(&state).unwrap();
+    let mut other = Guest::new();
+    other.registers.restore(serde_json::from_slice(&bytes).unwrap()).unwrap();
+    assert_eq!(other.registers.save(), state);
+    assert_eq!(other.get(VIRTIO_MMIO_STATUS), RUNNING);
+    let device = other.device.lock().unwrap();
+    let queue = device.activations[0].queues[1].as_ref().unwrap();
+    assert_eq!((queue.next_avail(), queue.next_used()), (700, 699));
+    assert_eq!(device.activations[0].features, OFFERED);
+}
+
+#[test]
+fn a_device_that_did_not_run_does_not_run_when_restored() {
+    let state = Guest::with_queues().registers.save();
+    let mut other = Guest::new();
+    other.registers.restore(state).unwrap();
+    assert_eq!((other.get(VIRTIO_MMIO_STATUS), other.activations()), (FEATURES, 0));
+    // Its driver goes on.
+    assert_eq!(other.status(RUNNING), RUNNING);
+    assert_eq!(other.activations(), 1);
+}
+
+/// HOSTILE.md 22: a state that no driver can have made.
+#[test]
+fn hostile_22_states_that_cannot_be_are_refused() {
+    let good = || {
+        let mut guest = Guest::with_queues();
+        guest.status(RUNNING);
+        guest.registers.save()
+    };
+    let spoilers: [fn(&mut MmioState); 6] = [
+        |state| state.queues[0].max_size = 32768,
+        |state| drop(state.queues.pop()),
+        |state| state.driver_features = u64::MAX,
+        |state| state.queues[0].used = u64::MAX - 3,
+        |state| state.queues[1].ready = false,
+        |state| state.positions.truncate(1),
+    ];
+    for (number, spoil) in spoilers.into_iter().enumerate() {
+        let mut state = good();
+        spoil(&mut state);
+        let mut guest = Guest::new();
+        assert!(guest.registers.restore(state).is_err(), "{number}");
+        assert_eq!(guest.activations(), 0, "{number}");
+    }
 }

@@ -16,6 +16,8 @@ mod tests;
 
 use std::io::{self, ErrorKind};
 
+use std::time::Instant;
+
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -29,7 +31,9 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
-use super::{ActivateError, Activation, VirtioDevice, vectored};
+use super::{
+    ActivateError, Activation, DeviceState, QueuePosition, RestoreError, VirtioDevice, vectored,
+};
 use crate::rate_limiter::{BucketUpdate, RateLimiter};
 use header::{ETHERNET, LENGTH, MAX_FRAME};
 use room::Room;
@@ -369,6 +373,27 @@ impl<B: Backend> VirtioDevice for Net<B> {
         if let Err(error) = self.tap.set_offloads(0) {
             tracing::debug!(interface = self.options.id, %error, "offloads not reset");
         }
+    }
+
+    fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
+        let Some([rx, tx]) = &self.queues else { return Vec::new() };
+        // Buffers without a frame are taken once more. A frame that is held is lost, as on a wire.
+        vec![Some(rx.position(self.room.len())), Some(tx.position(0))]
+    }
+
+    fn save(&self) -> DeviceState {
+        let now = Instant::now();
+        DeviceState::Net {
+            rx: self.options.rx_rate_limiter.save(now),
+            tx: self.options.tx_rate_limiter.save(now),
+        }
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Net { rx, tx } = state else { return Err(state.mismatch()) };
+        self.options.rx_rate_limiter = super::restore_limits(&rx)?;
+        self.options.tx_rate_limiter = super::restore_limits(&tx)?;
+        Ok(())
     }
 }
 

@@ -36,6 +36,11 @@ impl Room {
         self.chains.is_empty()
     }
 
+    /// Number of chains.
+    pub fn len(&self) -> usize {
+        self.chains.len()
+    }
+
     /// Takes buffers until the largest frame fits, or there are no more; the next one only where
     /// frames are not spread over several. One too small for the header is given back, and counts
     /// for the budget.
@@ -81,7 +86,7 @@ impl Room {
     }
 
     /// The buffers, in order.
-    pub fn parts(&self) -> impl Iterator<Item = (&Buffers, Range<usize>)> {
+    pub fn parts(&self) -> impl Iterator<Item = (&Buffers, Range<usize>)> + Clone {
         self.chains.iter().map(|chain| (&chain.writable, 0..chain.writable.len()))
     }
 

@@ -1,5 +1,7 @@
 //! virtio-rng (virtio 1.2, 5.4): the host's random numbers.
 
+use std::time::Instant;
+
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -7,7 +9,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Chain, DeviceQueue, QueueError};
-use super::{ActivateError, Activation, VirtioDevice};
+use super::{ActivateError, Activation, DeviceState, QueuePosition, RestoreError, VirtioDevice};
 use crate::rate_limiter::{BucketUpdate, RateLimiter};
 
 const QUEUE_SIZE: u16 = 64;
@@ -128,6 +130,20 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {
         self.queue = None;
+    }
+
+    fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
+        self.queue.iter().map(|queue| Some(queue.position(0))).collect()
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Rng(self.options.rate_limiter.save(Instant::now()))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Rng(limits) = state else { return Err(state.mismatch()) };
+        self.options.rate_limiter = super::restore_limits(&limits)?;
+        Ok(())
     }
 }
 

@@ -30,7 +30,7 @@ use host::{FIRST_TOKEN, Host, SocketNews};
 use packet::{HEADER, Header};
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
-use super::{ActivateError, Activation, VirtioDevice};
+use super::{ActivateError, Activation, QueuePosition, VirtioDevice};
 
 const QUEUE_SIZE: u16 = 256;
 const RX: usize = 0;
@@ -213,6 +213,10 @@ impl VirtioDevice for Vsock {
             // To have the sockets closed on the thread that watches them.
             let _ = self.events[RX].write(1);
         }
+    }
+
+    fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
+        self.queues.iter().flatten().map(|queue| Some(queue.position(0))).collect()
     }
 }
 
