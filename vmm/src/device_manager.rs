@@ -18,6 +18,16 @@ use crate::StartError;
 /// What waits for events; shared with the device's registers.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
+/// A virtio device behind its registers.
+pub struct VirtioSlot {
+    /// Its name: an API id, or what it is.
+    pub name: String,
+    /// Its registers.
+    pub registers: Arc<Mutex<MmioTransport>>,
+    /// The device itself.
+    pub device: Arc<Mutex<dyn VirtioDevice>>,
+}
+
 /// The devices of a machine that is being built.
 #[derive(Default)]
 pub struct DeviceManager {
@@ -29,6 +39,8 @@ pub struct DeviceManager {
     pub subscribers: Vec<Subscriber>,
     /// For the ACPI tables.
     pub virtio: Vec<VirtioMmio>,
+    /// For snapshots, in the order of the windows.
+    pub slots: Vec<VirtioSlot>,
     interrupts: Vec<(EventFd, u32)>,
     notifications: Vec<(EventFd, u64, u32)>,
 }
@@ -40,7 +52,7 @@ impl DeviceManager {
         memory: &GuestMemory,
         name: &str,
         device: D,
-    ) -> Result<(), StartError> {
+    ) -> Result<Arc<Mutex<D>>, StartError> {
         let index = self.virtio.len() as u32;
         let gsi = layout::FIRST_GSI + index;
         if gsi > layout::LAST_GSI {
@@ -59,10 +71,14 @@ impl DeviceManager {
         {
             self.notifications.push((event, notify, queue as u32));
         }
-        self.add_mmio(address, layout::VIRTIO_MMIO_SIZE, transport)?;
-        self.subscribers.push(device);
+        let registers = Arc::new(Mutex::new(transport));
+        self.mmio
+            .insert(address, layout::VIRTIO_MMIO_SIZE, registers.clone())
+            .map_err(StartError::device("MMIO"))?;
+        self.subscribers.push(device.clone());
         self.virtio.push(VirtioMmio { address: address as u32, gsi });
-        Ok(())
+        self.slots.push(VirtioSlot { name: name.to_owned(), registers, device: device.clone() });
+        Ok(device)
     }
 
     /// Lets a device answer at these addresses.

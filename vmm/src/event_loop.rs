@@ -2,61 +2,163 @@
 
 use std::io::IsTerminal;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-use api_server::machine::exit_status;
+use api_server::machine::server::Call;
+use api_server::machine::{Machine, exit_status};
 use devices::legacy::power::{PowerRequest, PowerSwitch};
 use devices::legacy::serial::SerialPort;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::StartError;
+use crate::controller::Controller;
 use crate::device_manager::Subscriber;
-use crate::machine::Running;
+use crate::machine::lock;
 use crate::vcpu::{Halt, HaltSwitch};
 
-/// Serves the machine and returns the exit status that says why it ended.
-pub fn run(mut running: Running) -> Result<i32, StartError> {
+/// Requests on their way from the API's thread.
+pub struct Calls {
+    calls: mpsc::Receiver<Call>,
+    event: EventFd,
+}
+
+/// The API's thread's end of [`Calls`].
+pub struct Caller {
+    calls: mpsc::Sender<Call>,
+    event: EventFd,
+}
+
+impl Calls {
+    /// A way from one thread to the other.
+    pub fn new() -> std::io::Result<(Caller, Calls)> {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let (sender, receiver) = mpsc::channel();
+        Ok((Caller { calls: sender, event: event.try_clone()? }, Calls { calls: receiver, event }))
+    }
+}
+
+impl Caller {
+    /// Hands a request over. Where the machine has ended, its client is told so by the lost reply.
+    pub fn submit(&self, call: Call) {
+        let _ = self.calls.send(call);
+        let _ = self.event.write(1);
+    }
+}
+
+/// Only wakes the loop.
+struct Wake(EventFd);
+
+impl MutEventSubscriber for Wake {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, self.0.as_raw_fd());
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let _ = self.0.read();
+    }
+}
+
+fn watch(ops: &mut EventOps, descriptor: RawFd) {
+    if let Err(error) = ops.add(Events::new(&Descriptor(descriptor), EventSet::IN)) {
+        tracing::error!(?error, "cannot wait for events");
+    }
+}
+
+/// Serves the machine, and requests where there are any, and returns the exit status that says why
+/// it ended.
+pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, StartError> {
     let mut events = EventManager::<Subscriber>::new().map_err(|error| StartError::Device {
         device: "event loop".into(),
         reason: format!("{error:?}"),
     })?;
-    let end = Arc::new(Mutex::new(End::new(&running)?));
+    let end = Arc::new(Mutex::new(End::new()?));
     events.add_subscriber(end.clone());
-    for device in running.subscribers.drain(..) {
-        events.add_subscriber(device);
+    if let Some(calls) = &calls {
+        let event = calls.event.try_clone().map_err(StartError::host("eventfd"))?;
+        events.add_subscriber(Arc::new(Mutex::new(Wake(event))));
     }
-    let _terminal = running.serial.take().map(|serial| {
-        events.add_subscriber(Arc::new(Mutex::new(SerialInput::new(serial))));
-        RawTerminal::enter()
-    });
+    let mut terminal = None;
     loop {
+        if let Some(running) = controller.take_up() {
+            for device in running.subscribers.drain(..) {
+                events.add_subscriber(device);
+            }
+            let guest = GuestEnd {
+                power: running.power.clone(),
+                halt: running.halt.clone(),
+                end: end.clone(),
+            };
+            events.add_subscriber(Arc::new(Mutex::new(guest)));
+            if let Some(serial) = running.serial.clone() {
+                events.add_subscriber(Arc::new(Mutex::new(SerialInput::new(serial))));
+                terminal = Some(RawTerminal::enter());
+            }
+        }
         if let Err(error) = events.run() {
             tracing::error!(?error, "event loop");
         }
-        let status = end.lock().unwrap_or_else(PoisonError::into_inner).status;
+        let status = lock(&end).status;
         if let Some(status) = status {
+            drop(terminal);
             return Ok(status);
+        }
+        for call in calls.iter().flat_map(|calls| calls.calls.try_iter()) {
+            let answer = controller.handle(call.request);
+            // A client that has gone does not hear of it.
+            let _ = call.reply.send(answer);
         }
     }
 }
 
-/// Watches all that ends a machine.
+/// Why the machine ends; and the signals that end it.
 struct End {
-    power: Arc<PowerSwitch>,
-    halt: Arc<HaltSwitch>,
     signals: SignalFd,
     status: Option<i32>,
 }
 
 impl End {
-    fn new(running: &Running) -> Result<End, StartError> {
+    fn new() -> Result<End, StartError> {
         let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
         let signals = SignalFd::with_flags(&ending_signals(), flags)
             .map_err(|error| StartError::Host { what: "signalfd", error: error.into() })?;
-        Ok(End { power: running.power.clone(), halt: running.halt.clone(), signals, status: None })
+        Ok(End { signals, status: None })
+    }
+
+    fn set(&mut self, status: i32, why: &str) {
+        tracing::info!("ending with status {status}: {why}");
+        self.status.get_or_insert(status);
+    }
+}
+
+/// The guest's ways to end the machine.
+struct GuestEnd {
+    power: Arc<PowerSwitch>,
+    halt: Arc<HaltSwitch>,
+    end: Arc<Mutex<End>>,
+}
+
+impl MutEventSubscriber for GuestEnd {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, self.power.event().as_raw_fd());
+        watch(ops, self.halt.event().as_raw_fd());
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let (status, why) = match (self.power.request(), self.halt.halt()) {
+            (Some(PowerRequest::Off), _) => {
+                (exit_status::POWER_OFF, "the guest switched itself off")
+            }
+            (Some(PowerRequest::Reset), _) | (None, Some(Halt::Reset)) => {
+                (exit_status::REBOOT, "the guest asked for a reset")
+            }
+            (None, Some(Halt::Crash)) => (exit_status::GUEST_CRASH, "the guest crashed"),
+            (None, None) => return,
+        };
+        lock(&self.end).set(status, why);
     }
 }
 
@@ -67,39 +169,15 @@ pub fn ending_signals() -> SigSet {
 
 impl MutEventSubscriber for End {
     fn init(&mut self, ops: &mut EventOps) {
-        let descriptors = [
-            self.power.event().as_raw_fd(),
-            self.halt.event().as_raw_fd(),
-            self.signals.as_raw_fd(),
-        ];
-        for descriptor in descriptors {
-            if let Err(error) = ops.add(Events::new(&Descriptor(descriptor), EventSet::IN)) {
-                tracing::error!(?error, "cannot watch for the machine's end");
-            }
-        }
+        watch(ops, self.signals.as_raw_fd());
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        let (status, why) = if let Ok(Some(signal)) = self.signals.read_signal() {
-            match signal.ssi_signo as i32 {
-                libc::SIGINT => (exit_status::INTERRUPTED, "SIGINT"),
-                _ => (exit_status::TERMINATED, "SIGTERM"),
-            }
-        } else if let Some(request) = self.power.request() {
-            match request {
-                PowerRequest::Off => (exit_status::POWER_OFF, "the guest switched itself off"),
-                PowerRequest::Reset => (exit_status::REBOOT, "the guest asked for a reset"),
-            }
-        } else if let Some(halt) = self.halt.halt() {
-            match halt {
-                Halt::Reset => (exit_status::REBOOT, "the guest asked for a reset"),
-                Halt::Crash => (exit_status::GUEST_CRASH, "the guest crashed"),
-            }
-        } else {
-            return;
-        };
-        tracing::info!("ending with status {status}: {why}");
-        self.status = Some(status);
+        let Ok(Some(signal)) = self.signals.read_signal() else { return };
+        match signal.ssi_signo as i32 {
+            libc::SIGINT => self.set(exit_status::INTERRUPTED, "SIGINT"),
+            _ => self.set(exit_status::TERMINATED, "SIGTERM"),
+        }
     }
 }
 

@@ -1,12 +1,16 @@
 //! One micro-VM on KVM: guest memory, virtual processors, devices and the loop that serves them.
 
 pub mod controller;
+mod cpu_template;
 mod device_manager;
 mod error;
 pub mod event_loop;
+mod limits;
 pub mod logger;
 mod machine;
 mod memory;
+pub mod snapshot;
 mod vcpu;
 
 pub use error::StartError;
+pub use machine::Handed;

@@ -1,36 +1,43 @@
 //! Putting a machine together, in the order that KVM is quickest with: memory slots before the
 //! interrupt controllers, notifications last, and no slot changed after that.
 
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use api_server::machine::{
-    BootSource, CacheType, Console, Drive, Entropy, MachineConfig, NetworkInterface, Vsock,
-};
+use api_server::machine::config_file::ConfigFile;
+use api_server::machine::{BootSource, CacheType, CpuConfig, Drive, MachineConfig};
 use arch::acpi::{self, Platform};
 use arch::boot::{self, Entry, LoadedKernel};
 use arch::cpuid::{self, Topology};
 use arch::{layout, registers};
 use devices::GuestMemory;
 use devices::legacy::power::{AcpiPower, I8042, PowerSwitch};
-use devices::legacy::serial::SerialPort;
+use devices::legacy::serial::{SerialPort, SerialPortState};
+use devices::rate_limiter::RateLimiter;
+use devices::virtio::balloon::{Balloon, BalloonOptions};
 use devices::virtio::block::{Block, BlockOptions, Disk};
 use devices::virtio::net::{Net, NetOptions, Tap};
 use devices::virtio::rng::{Rng, RngOptions};
 use devices::virtio::vsock::Vsock as VsockDevice;
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, Msrs,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::device_manager::{DeviceManager, Subscriber};
-use crate::vcpu::{Buses, HaltSwitch};
-use crate::{StartError, memory, vcpu};
+use crate::device_manager::{DeviceManager, Subscriber, VirtioSlot};
+use crate::memory::MemoryOptions;
+use crate::snapshot::memory_file::DirtyPages;
+use crate::snapshot::{MachineState, SavedDevice, VmState, saved_msrs};
+use crate::vcpu::{Buses, HaltSwitch, Vcpu};
+use crate::{StartError, cpu_template, limits, memory, vcpu};
 
 /// Firecracker's command line for a kernel that is given none.
 const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux \
@@ -38,31 +45,23 @@ const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042
 /// Most bytes that a guest's console writes to a file on the host.
 const CONSOLE_LIMIT: u64 = 16 << 20;
 
-/// All that a machine is made of.
+/// What comes to a machine from outside its description.
 #[derive(Default)]
-pub struct Plan {
-    /// Processors and memory.
-    pub machine: MachineConfig,
-    /// What to boot.
-    pub boot_source: Option<BootSource>,
-    /// Block devices.
-    pub drives: Vec<Drive>,
-    /// Network interfaces, each with its TAP where that was handed in.
-    pub interfaces: Vec<(NetworkInterface, Option<OwnedFd>)>,
-    /// The vsock device.
-    pub vsock: Option<Vsock>,
-    /// The entropy device.
-    pub entropy: Option<Entropy>,
-    /// The guest's consoles.
-    pub console: Console,
+pub struct Handed {
+    /// TAPs that somebody else opened, by interface.
+    pub taps: HashMap<String, OwnedFd>,
     /// Tells how long the guest took to its user space.
-    pub boot_timer: Option<std::time::Instant>,
+    pub boot_timer: Option<Instant>,
 }
 
-/// A machine whose processors run.
+/// A machine whose processors run, or stand still.
 pub struct Running {
-    /// Kept open as long as the machine is wanted.
-    _vm: VmFd,
+    vm: VmFd,
+    memory: GuestMemory,
+    vcpus: Vec<Vcpu>,
+    slots: Vec<VirtioSlot>,
+    /// What the API may change later.
+    pub devices: Devices,
     /// To be served by the event loop.
     pub subscribers: Vec<Subscriber>,
     /// The guest's ways to end.
@@ -71,44 +70,241 @@ pub struct Running {
     pub halt: Arc<HaltSwitch>,
     /// The serial port, for its input.
     pub serial: Option<Arc<Mutex<SerialPort>>>,
+    /// Whether KVM records which pages the guest writes.
+    tracks_dirty_pages: bool,
+    /// Tells another process of faults in guest memory, as long as there is any.
+    _faults: Option<OwnedFd>,
+}
+
+/// Devices that the API may change while the guest runs, by their ids.
+#[derive(Default)]
+pub struct Devices {
+    /// Drives.
+    pub drives: HashMap<String, Arc<Mutex<Block>>>,
+    /// Network interfaces.
+    pub interfaces: HashMap<String, Arc<Mutex<Net>>>,
+    /// The balloon.
+    pub balloon: Option<Arc<Mutex<Balloon>>>,
+    vsock: Option<Arc<Mutex<VsockDevice>>>,
 }
 
 /// Makes the machine and lets it run.
-pub fn start(mut plan: Plan) -> Result<Running, StartError> {
-    let source = plan.boot_source.take().ok_or(StartError::NoBootSource)?;
-    let kvm = open_kvm()?;
-    let vm = kvm.create_vm().map_err(StartError::kvm("KVM_CREATE_VM"))?;
-    let memory = memory::create(plan.machine.mem_size_mib)?;
-    set_memory_slots(&vm, &memory)?;
-    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
-        .map_err(StartError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
-    vm.set_tss_address(layout::KVM_TSS as usize).map_err(StartError::kvm("KVM_SET_TSS_ADDR"))?;
-    vm.create_irq_chip().map_err(StartError::kvm("KVM_CREATE_IRQCHIP"))?;
-
-    let power = PowerSwitch::new().map_err(StartError::host("eventfd"))?;
-    let halt = HaltSwitch::new().map_err(StartError::host("eventfd"))?;
-    let mut manager = DeviceManager::default();
-    let serial = add_legacy(&mut manager, &plan.console, &power)?;
-    if let Some(since) = plan.boot_timer {
-        manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(Some(since)))?;
-    }
-    let root = add_virtio(&mut manager, &memory, &mut plan)?;
-
-    let kernel = load(&memory, &source, &plan, root, &manager, serial.is_some())?;
-    let supported = kvm
+pub fn boot(description: &ConfigFile, handed: Handed) -> Result<Running, StartError> {
+    let source = description.boot_source.as_ref().ok_or(StartError::NoBootSource)?;
+    let config = description.machine_config.clone().unwrap_or_default();
+    let memory = memory::create(&MemoryOptions {
+        mib: config.mem_size_mib,
+        pages: config.huge_pages,
+        track_dirty_pages: config.track_dirty_pages,
+    })?;
+    let parts = Parts::assemble(description, &memory, handed, None)?;
+    let kernel = load(&memory, source, &config, &parts)?;
+    let supported = parts
+        .kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(StartError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
-    let vcpus = (0..plan.machine.vcpu_count)
-        .map(|id| make_vcpu(&vm, id, &plan.machine, &supported, &memory, &kernel.entry))
+    let template = description.cpu_config.clone().unwrap_or_default();
+    cpu_template::check_capabilities(&parts.kvm, &template)?;
+    let vcpus = (0..config.vcpu_count)
+        .map(|id| {
+            let plan = VcpuPlan { id, config: &config, template: &template, entry: &kernel.entry };
+            make_vcpu(&parts.vm, &plan, &supported, &memory)
+        })
         .collect::<Result<Vec<_>, _>>()?;
-    manager.connect(&vm)?;
+    let running = parts.finish(memory, vcpus, config.track_dirty_pages)?;
+    running.resume()?;
+    Ok(running)
+}
 
-    let buses = Buses { pio: Arc::new(manager.pio), mmio: Arc::new(manager.mmio) };
-    let ready = Arc::new(Barrier::new(vcpus.len()));
-    for (id, fd) in (0..).zip(vcpus) {
-        vcpu::spawn(id, fd, memory.clone(), buses.clone(), halt.clone(), ready.clone())?;
+/// Makes the machine that a state and its memory describe; it stands still. Connections over vsock
+/// are gone, and the guest is told.
+pub fn restore(
+    state: &MachineState,
+    memory: GuestMemory,
+    faults: Option<OwnedFd>,
+    handed: Handed,
+    realtime: bool,
+) -> Result<Running, StartError> {
+    let damaged = |reason: &str| StartError::Device {
+        device: "snapshot".to_owned(),
+        reason: reason.to_owned(),
+    };
+    let config = state.description.machine_config.clone().unwrap_or_default();
+    if state.vcpus.len() != usize::from(config.vcpu_count) {
+        return Err(damaged("its number of processors is not that of its description"));
     }
-    Ok(Running { _vm: vm, subscribers: manager.subscribers, power, halt, serial })
+    let parts = Parts::assemble(&state.description, &memory, handed, state.serial.as_ref())?;
+    let supported = parts
+        .kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(StartError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    parts.vm_state(&state.vm)?;
+    let vcpus = (0..)
+        .zip(&state.vcpus)
+        .map(|(id, state)| {
+            state.check_vendor(&supported)?;
+            let vcpu = parts.vm.create_vcpu(id).map_err(StartError::kvm("KVM_CREATE_VCPU"))?;
+            state.restore(&vcpu)?;
+            Ok(vcpu)
+        })
+        .collect::<Result<Vec<_>, StartError>>()?;
+    if state.devices.len() != parts.manager.slots.len() {
+        return Err(damaged("its devices are not those of its description"));
+    }
+    for (slot, saved) in parts.manager.slots.iter().zip(&state.devices) {
+        if slot.name != saved.name {
+            return Err(damaged("its devices are not those of its description"));
+        }
+        let failed = || StartError::device::<devices::virtio::RestoreError>(slot.name.clone());
+        lock(&slot.device).restore(saved.device.clone()).map_err(failed())?;
+        lock(&slot.registers).restore(saved.registers.clone()).map_err(failed())?;
+    }
+    if let Some(vsock) = &parts.devices.vsock {
+        lock(vsock).transport_reset();
+    }
+    let tracks = memory.iter().any(|region| memory::written(region).is_tracking());
+    let mut running = parts.finish(memory, vcpus, tracks)?;
+    running._faults = faults;
+    // Last: the guest's time goes on from here.
+    state.vm.restore_clock(&running.vm, realtime)?;
+    Ok(running)
+}
+
+/// A poisoned lock means a bug in another thread; the device still answers.
+pub fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Running {
+    /// Lets processors run.
+    pub fn resume(&self) -> Result<(), StartError> {
+        vcpu::run_all(&self.vcpus)
+    }
+
+    /// Has processors stand still.
+    pub fn pause(&self) -> Result<(), StartError> {
+        vcpu::pause_all(&self.vcpus)
+    }
+
+    /// The state of a machine that stands still.
+    pub fn save(&self, description: &ConfigFile) -> Result<MachineState, StartError> {
+        let vcpus = vcpu::save_all(&self.vcpus)?;
+        let devices = self.slots.iter().map(|slot| SavedDevice {
+            name: slot.name.clone(),
+            registers: lock(&slot.registers).save(),
+            device: lock(&slot.device).save(),
+        });
+        Ok(MachineState {
+            description: description.clone(),
+            vcpus,
+            vm: VmState::save(&self.vm)?,
+            devices: devices.collect(),
+            serial: self.serial.as_ref().map(|serial| lock(serial).save()),
+        })
+    }
+
+    /// The machine's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The pages written since this was last asked, by the guest or for it; none where nobody keeps
+    /// a record.
+    pub fn take_dirty_pages(&self) -> Result<Option<DirtyPages>, StartError> {
+        if !self.tracks_dirty_pages {
+            return Ok(None);
+        }
+        let mut all = Vec::new();
+        for (slot, region) in (0..).zip(self.memory.iter()) {
+            let mut pages = self
+                .vm
+                .get_dirty_log(slot, region.len() as usize)
+                .map_err(StartError::kvm("KVM_GET_DIRTY_LOG"))?;
+            for (page, own) in pages.iter_mut().zip(memory::written(region).take()) {
+                *page |= own;
+            }
+            all.push(pages);
+        }
+        Ok(Some(all))
+    }
+}
+
+/// A machine before it has processors.
+struct Parts {
+    kvm: Kvm,
+    vm: VmFd,
+    manager: DeviceManager,
+    devices: Devices,
+    root: Option<RootDevice>,
+    serial: Option<Arc<Mutex<SerialPort>>>,
+    power: Arc<PowerSwitch>,
+    halt: Arc<HaltSwitch>,
+}
+
+impl Parts {
+    fn assemble(
+        description: &ConfigFile,
+        memory: &GuestMemory,
+        mut handed: Handed,
+        serial: Option<&SerialPortState>,
+    ) -> Result<Parts, StartError> {
+        let kvm = open_kvm()?;
+        let vm = kvm.create_vm().map_err(StartError::kvm("KVM_CREATE_VM"))?;
+        set_memory_slots(&vm, memory)?;
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(StartError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.set_tss_address(layout::KVM_TSS as usize)
+            .map_err(StartError::kvm("KVM_SET_TSS_ADDR"))?;
+        vm.create_irq_chip().map_err(StartError::kvm("KVM_CREATE_IRQCHIP"))?;
+        let power = PowerSwitch::new().map_err(StartError::host("eventfd"))?;
+        let halt = HaltSwitch::new().map_err(StartError::host("eventfd"))?;
+        let mut manager = DeviceManager::default();
+        let serial = add_legacy(&mut manager, description, &power, serial)?;
+        if let Some(since) = handed.boot_timer {
+            manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(Some(since)))?;
+        }
+        let mut devices = Devices::default();
+        let root = add_virtio(&mut manager, &mut devices, memory, description, &mut handed.taps)?;
+        Ok(Parts { kvm, vm, manager, devices, root, serial, power, halt })
+    }
+
+    fn vm_state(&self, state: &VmState) -> Result<(), StartError> {
+        state.restore_irqchips(&self.vm)
+    }
+
+    /// Gives each processor a thread, on which it stands still.
+    fn finish(
+        mut self,
+        memory: GuestMemory,
+        vcpus: Vec<VcpuFd>,
+        tracks_dirty_pages: bool,
+    ) -> Result<Running, StartError> {
+        self.manager.connect(&self.vm)?;
+        let saved_msrs: Arc<[u32]> = saved_msrs(&self.kvm)?.into();
+        vcpu::prepare_signals()?;
+        let manager = self.manager;
+        let buses = Buses { pio: Arc::new(manager.pio), mmio: Arc::new(manager.mmio) };
+        let vcpus = (0..)
+            .zip(vcpus)
+            .map(|(id, fd)| {
+                let (memory, buses) = (memory.clone(), buses.clone());
+                Vcpu::spawn(id, fd, memory, buses, self.halt.clone(), saved_msrs.clone())
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Running {
+            vm: self.vm,
+            memory,
+            vcpus,
+            slots: manager.slots,
+            devices: self.devices,
+            subscribers: manager.subscribers,
+            power: self.power,
+            halt: self.halt,
+            serial: self.serial,
+            tracks_dirty_pages,
+            _faults: None,
+        })
+    }
 }
 
 fn open_kvm() -> Result<Kvm, StartError> {
@@ -121,9 +317,10 @@ fn open_kvm() -> Result<Kvm, StartError> {
 
 fn set_memory_slots(vm: &VmFd, memory: &GuestMemory) -> Result<(), StartError> {
     for (slot, region) in (0..).zip(memory.iter()) {
+        let tracked = memory::written(region).is_tracking();
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: if tracked { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
@@ -139,21 +336,32 @@ fn set_memory_slots(vm: &VmFd, memory: &GuestMemory) -> Result<(), StartError> {
 
 fn add_legacy(
     manager: &mut DeviceManager,
-    console: &Console,
+    description: &ConfigFile,
     power: &Arc<PowerSwitch>,
+    state: Option<&SerialPortState>,
 ) -> Result<Option<Arc<Mutex<SerialPort>>>, StartError> {
     let acpi = AcpiPower::new(power.clone(), acpi::SLEEP_TYPE_OFF, acpi::RESET_VALUE);
     manager.add_pio(layout::POWER_PORT, 3, Arc::new(Mutex::new(acpi)))?;
     let keyboard = I8042::new(power.clone());
     manager.add_pio(layout::I8042_PORT, 5, Arc::new(Mutex::new(keyboard)))?;
-    if !console.serial {
+    if !description.console.as_ref().is_none_or(|console| console.serial) {
         return Ok(None);
     }
-    let serial =
-        SerialPort::new(Box::new(std::io::stdout())).map_err(StartError::device("serial port"))?;
+    let failed = StartError::device::<std::io::Error>;
+    let config = description.serial.clone().unwrap_or_default();
+    let output: Box<dyn Write + Send> = match &config.serial_out_path {
+        Some(path) => Box::new(append_to("serial output", path)?),
+        None => Box::new(std::io::stdout()),
+    };
+    let limiter = limits::byte_limiter(config.rate_limiter.as_ref()).map_err(failed("serial"))?;
+    let output = SerialOutput { output, limiter };
+    let serial = match state {
+        Some(state) => SerialPort::restore(output, state),
+        None => SerialPort::new(output),
+    };
+    let serial = serial.map_err(failed("serial port"))?;
     let interrupt = serial.interrupt_event().try_clone();
-    manager
-        .add_interrupt(interrupt.map_err(StartError::device("serial port"))?, layout::SERIAL_GSI);
+    manager.add_interrupt(interrupt.map_err(failed("serial port"))?, layout::SERIAL_GSI);
     let serial = Arc::new(Mutex::new(serial));
     manager.add_pio(layout::SERIAL_PORT, 8, serial.clone())?;
     Ok(Some(serial))
@@ -167,57 +375,82 @@ struct RootDevice {
 
 fn add_virtio(
     manager: &mut DeviceManager,
+    devices: &mut Devices,
     memory: &GuestMemory,
-    plan: &mut Plan,
+    description: &ConfigFile,
+    taps: &mut HashMap<String, OwnedFd>,
 ) -> Result<Option<RootDevice>, StartError> {
-    check_sharing(&plan.drives)?;
+    check_sharing(&description.drives)?;
     let mut root = None;
     // The guest names drives in the order in which it finds them; the root device is /dev/vda.
     let (roots, others): (Vec<_>, Vec<_>) =
-        plan.drives.iter().partition(|drive| drive.is_root_device);
+        description.drives.iter().partition(|drive| drive.is_root_device);
     for drive in roots.into_iter().chain(others) {
         let id = &drive.drive_id;
         let path = drive.check().map_err(StartError::device(format!("drive {id}")))?;
         let disk = Disk::open(path, drive.is_read_only)
             .map_err(|error| StartError::Drive { id: id.clone(), error })?;
-        let options = BlockOptions {
-            id: id.clone(),
-            flush: drive.cache_type == CacheType::Writeback,
-            ..BlockOptions::default()
-        };
+        let rate_limiter =
+            limits::limiter(drive.rate_limiter.as_ref()).map_err(StartError::device(id))?;
+        let flush = drive.cache_type == CacheType::Writeback;
+        let options = BlockOptions { id: id.clone(), flush, rate_limiter };
         let block = Block::new(options, disk).map_err(StartError::device(id))?;
-        manager.add_virtio(memory, id, block)?;
+        devices.drives.insert(id.clone(), manager.add_virtio(memory, id, block)?);
         if drive.is_root_device {
             let partuuid = drive.partuuid.clone();
             root = Some(RootDevice { partuuid, read_only: drive.is_read_only });
         }
     }
-    for (interface, tap) in &mut plan.interfaces {
+    for interface in &description.network_interfaces {
         let id = &interface.iface_id;
+        let failed = || StartError::device::<std::io::Error>(format!("interface {id}"));
         let mac = interface.check().map_err(StartError::device(format!("interface {id}")))?;
-        let tap = match tap.take() {
+        let tap = match taps.remove(id) {
             Some(descriptor) => Tap::from_descriptor(descriptor),
             None => Tap::open(&interface.host_dev_name),
         };
         let name = format!("interface {id}: TAP {}", interface.host_dev_name);
         let tap = tap.map_err(StartError::device::<std::io::Error>(name))?;
-        let options =
-            NetOptions { id: id.clone(), mac, mtu: interface.mtu, ..NetOptions::default() };
-        let net = Net::new(options, tap).map_err(StartError::device(id))?;
-        manager.add_virtio(memory, id, net)?;
+        let options = NetOptions {
+            id: id.clone(),
+            mac,
+            mtu: interface.mtu,
+            rx_rate_limiter: limits::limiter(interface.rx_rate_limiter.as_ref())
+                .map_err(failed())?,
+            tx_rate_limiter: limits::limiter(interface.tx_rate_limiter.as_ref())
+                .map_err(failed())?,
+        };
+        let net = Net::new(options, tap).map_err(failed())?;
+        devices.interfaces.insert(id.clone(), manager.add_virtio(memory, id, net)?);
     }
-    if let Some(vsock) = &plan.vsock {
+    if let Some(vsock) = &description.vsock {
         let name = format!("vsock: {}", vsock.uds_path.display());
         let vsock =
             VsockDevice::new(vsock.guest_cid, &vsock.uds_path).map_err(StartError::device(name))?;
-        manager.add_virtio(memory, "vsock", vsock)?;
+        devices.vsock = Some(manager.add_virtio(memory, "vsock", vsock)?);
     }
-    if plan.entropy.is_some() {
-        let rng = Rng::new(RngOptions::default()).map_err(StartError::device("entropy"))?;
+    if let Some(balloon) = &description.balloon {
+        let options = BalloonOptions {
+            amount_mib: balloon.amount_mib,
+            deflate_on_oom: balloon.deflate_on_oom,
+            stats_polling_interval_s: balloon.stats_polling_interval_s,
+            free_page_hinting: balloon.free_page_hinting,
+            free_page_reporting: balloon.free_page_reporting,
+        };
+        let balloon = Balloon::new(options).map_err(StartError::device("balloon"))?;
+        devices.balloon = Some(manager.add_virtio(memory, "balloon", balloon)?);
+    }
+    if let Some(entropy) = &description.entropy {
+        let failed = StartError::device::<std::io::Error>;
+        let rate_limiter =
+            limits::limiter(entropy.rate_limiter.as_ref()).map_err(failed("entropy"))?;
+        let rng = Rng::new(RngOptions { rate_limiter }).map_err(failed("entropy"))?;
         manager.add_virtio(memory, "entropy", rng)?;
     }
-    if let Some(path) = &plan.console.output_path {
-        let output = append_to(path)?;
+    if let Some(path) =
+        description.console.as_ref().and_then(|console| console.output_path.as_ref())
+    {
+        let output = append_to("console output", path)?;
         let console = devices::virtio::console::Console::new(Box::new(output), CONSOLE_LIMIT)
             .map_err(StartError::device("console"))?;
         manager.add_virtio(memory, "console", console)?;
@@ -246,7 +479,7 @@ fn check_sharing(drives: &[Drive]) -> Result<(), StartError> {
     Ok(())
 }
 
-fn append_to(path: &Path) -> Result<impl Write + Send + 'static, StartError> {
+fn append_to(what: &'static str, path: &Path) -> Result<File, StartError> {
     OpenOptions::new()
         .append(true)
         .create(true)
@@ -254,7 +487,7 @@ fn append_to(path: &Path) -> Result<impl Write + Send + 'static, StartError> {
         // A FIFO without a reader must not hang the machine.
         .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(path)
-        .map_err(|error| StartError::Open { what: "console output", path: path.to_owned(), error })
+        .map_err(|error| StartError::Open { what, path: path.to_owned(), error })
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, StartError> {
@@ -276,10 +509,8 @@ fn open(what: &'static str, path: &Path) -> Result<File, StartError> {
 fn load(
     memory: &GuestMemory,
     source: &BootSource,
-    plan: &Plan,
-    root: Option<RootDevice>,
-    manager: &DeviceManager,
-    serial: bool,
+    config: &MachineConfig,
+    parts: &Parts,
 ) -> Result<LoadedKernel, StartError> {
     let path = &source.kernel_image_path;
     let failed = |path: &Path| {
@@ -296,32 +527,45 @@ fn load(
         None => None,
     };
     let mut command_line = source.boot_args.clone().unwrap_or_else(|| DEFAULT_BOOT_ARGS.to_owned());
-    if let Some(root) = root {
-        let device = root.partuuid.map_or("/dev/vda".to_owned(), |id| format!("PARTUUID={id}"));
+    if let Some(root) = &parts.root {
+        let device =
+            root.partuuid.as_ref().map_or("/dev/vda".to_owned(), |id| format!("PARTUUID={id}"));
         let mode = if root.read_only { "ro" } else { "rw" };
         command_line += &format!(" root={device} {mode}");
     }
-    let platform =
-        Platform { vcpus: plan.machine.vcpu_count, virtio: manager.virtio.clone(), serial };
+    let platform = Platform {
+        vcpus: config.vcpu_count,
+        virtio: parts.manager.virtio.clone(),
+        serial: parts.serial.is_some(),
+    };
     let rsdp = acpi::write(memory, &platform)?;
     boot::write_parameters(memory, &kernel, initramfs, &command_line, rsdp)
         .map_err(failed(path))?;
     Ok(kernel)
 }
 
+/// What a processor is to be.
+struct VcpuPlan<'a> {
+    id: u8,
+    config: &'a MachineConfig,
+    template: &'a CpuConfig,
+    entry: &'a Entry,
+}
+
 fn make_vcpu(
     vm: &VmFd,
-    id: u8,
-    machine: &MachineConfig,
+    plan: &VcpuPlan,
     supported: &CpuId,
     memory: &GuestMemory,
-    entry: &Entry,
 ) -> Result<VcpuFd, StartError> {
+    let VcpuPlan { id, config, template, entry } = *plan;
     let vcpu = vm.create_vcpu(id.into()).map_err(StartError::kvm("KVM_CREATE_VCPU"))?;
-    let threads_per_core = if machine.smt && machine.vcpu_count > 1 { 2 } else { 1 };
-    let topology = Topology { vcpus: machine.vcpu_count, threads_per_core };
-    let leaves = cpuid::of_vcpu(supported, id, topology)?;
+    let threads_per_core = if config.smt && config.vcpu_count > 1 { 2 } else { 1 };
+    let topology = Topology { vcpus: config.vcpu_count, threads_per_core };
+    let mut leaves = cpuid::of_vcpu(supported, id, topology)?;
+    cpu_template::modify_cpuid(&mut leaves, template)?;
     vcpu.set_cpuid2(&leaves).map_err(StartError::kvm("KVM_SET_CPUID2"))?;
+    cpu_template::modify_msrs(&vcpu, template)?;
     // The others wait for the boot processor's INIT and SIPI in the state KVM made them in.
     if id != 0 {
         return Ok(vcpu);
@@ -340,6 +584,29 @@ fn make_vcpu(
     vcpu.set_sregs(&special).map_err(StartError::kvm("KVM_SET_SREGS"))?;
     vcpu.set_regs(&registers::general(entry)).map_err(StartError::kvm("KVM_SET_REGS"))?;
     Ok(vcpu)
+}
+
+/// Where the serial port writes; above its limit bytes are dropped.
+struct SerialOutput {
+    output: Box<dyn Write + Send>,
+    limiter: RateLimiter,
+}
+
+impl Write for SerialOutput {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.limiter.is_blocked() {
+            // Nobody waits for the limiter: what comes while it blocks is gone.
+            self.limiter.timer_fired();
+        }
+        if self.limiter.allows(bytes.len() as u64, 0) {
+            self.output.write_all(bytes)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.output.flush()
+    }
 }
 
 /// Firecracker's boot timer: a guest's init writes a byte, the log tells the time. Once: a guest must

@@ -1,15 +1,24 @@
 //! A virtual processor and the thread that runs it.
+//!
+//! The thread takes commands. One that comes while the guest runs reaches it by a signal, whose
+//! handler sets `immediate_exit`: `KVM_RUN` then finishes the access that the guest was in and
+//! returns (KVM API, 5), so that a processor always stands between two instructions.
 
+use std::cell::Cell;
+use std::os::raw::{c_int, c_void};
+use std::ptr;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Barrier};
-use std::thread;
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
 
 use devices::GuestMemory;
 use devices::bus::Bus;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::StartError;
+use crate::snapshot::VcpuState;
 
 /// Where accesses that KVM hands to us go.
 #[derive(Clone)]
@@ -63,60 +72,187 @@ impl HaltSwitch {
     }
 }
 
-/// Starts a thread that runs a processor once all of them are ready. The thread holds `memory` and
-/// never ends, so what the slots map is there for as long as the guest can touch it.
-pub fn spawn(
-    id: u8,
-    mut vcpu: VcpuFd,
-    memory: GuestMemory,
-    buses: Buses,
-    halt: Arc<HaltSwitch>,
-    ready: Arc<Barrier>,
-) -> Result<(), StartError> {
-    thread::Builder::new()
-        .name(format!("vcpu{id}"))
-        .stack_size(256 << 10)
-        .spawn(move || {
-            let _memory = memory;
-            ready.wait();
-            let reason = run(id, &mut vcpu, &buses);
-            halt.set(reason);
-            // The thread stays, and its processor with it, until the process ends: closing it
-            // here would race with KVM calls of the others.
-            loop {
-                thread::park();
-            }
-        })
-        .map(drop)
-        .map_err(StartError::host("cannot start a vCPU thread"))
+enum Command {
+    Run,
+    Pause(mpsc::Sender<()>),
+    Save(mpsc::Sender<Result<VcpuState, StartError>>),
 }
 
-fn run(id: u8, vcpu: &mut VcpuFd, buses: &Buses) -> Halt {
-    loop {
-        match vcpu.run() {
-            Ok(VcpuExit::IoIn(port, data)) => buses.pio.read(port.into(), data),
-            Ok(VcpuExit::IoOut(port, data)) => buses.pio.write(port.into(), data),
-            Ok(VcpuExit::MmioRead(address, data)) => buses.mmio.read(address, data),
-            Ok(VcpuExit::MmioWrite(address, data)) => buses.mmio.write(address, data),
-            Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
-            Ok(VcpuExit::Shutdown) => {
-                tracing::error!(vcpu = id, "triple fault");
-                return Halt::Crash;
+/// A processor's thread, from outside.
+pub struct Vcpu {
+    commands: mpsc::Sender<Command>,
+    thread: JoinHandle<()>,
+}
+
+/// The thread is gone, which it never is while the process lives.
+fn gone<T>(_: T) -> StartError {
+    StartError::Host { what: "vCPU thread", error: std::io::ErrorKind::BrokenPipe.into() }
+}
+
+impl Vcpu {
+    /// Starts a thread for a processor, which stands still at first. The thread holds `memory` and
+    /// never ends, so what the slots map is there for as long as the guest can touch it.
+    /// [`prepare_signals`] was called before.
+    pub fn spawn(
+        id: u8,
+        fd: VcpuFd,
+        memory: GuestMemory,
+        buses: Buses,
+        halt: Arc<HaltSwitch>,
+        saved_msrs: Arc<[u32]>,
+    ) -> Result<Vcpu, StartError> {
+        let (commands, receiver) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .stack_size(256 << 10)
+            .spawn(move || {
+                let _memory = memory;
+                Runner { id, fd, buses, halt, saved_msrs, commands: receiver }.serve();
+            })
+            .map_err(StartError::host("cannot start a vCPU thread"))?;
+        Ok(Vcpu { commands, thread })
+    }
+
+    fn tell(&self, command: Command) -> Result<(), StartError> {
+        self.commands.send(command).map_err(gone)?;
+        self.thread.kill(SIGRTMIN()).map_err(|error| StartError::Host {
+            what: "cannot reach a vCPU thread",
+            error: std::io::Error::from_raw_os_error(error.errno()),
+        })
+    }
+}
+
+/// Lets processors run.
+pub fn run_all(vcpus: &[Vcpu]) -> Result<(), StartError> {
+    vcpus.iter().try_for_each(|vcpu| vcpu.tell(Command::Run))
+}
+
+/// Has processors stand still, and returns when all of them do.
+pub fn pause_all(vcpus: &[Vcpu]) -> Result<(), StartError> {
+    let (done, stopped) = mpsc::channel();
+    vcpus.iter().try_for_each(|vcpu| vcpu.tell(Command::Pause(done.clone())))?;
+    vcpus.iter().try_for_each(|_| stopped.recv().map_err(gone))
+}
+
+/// The states of processors that stand still.
+pub fn save_all(vcpus: &[Vcpu]) -> Result<Vec<VcpuState>, StartError> {
+    let save = |vcpu: &Vcpu| {
+        let (reply, state) = mpsc::channel();
+        vcpu.tell(Command::Save(reply))?;
+        state.recv().map_err(gone)?
+    };
+    vcpus.iter().map(save).collect()
+}
+
+thread_local! {
+    /// `immediate_exit` of the processor that this thread runs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+extern "C" fn leave_guest(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: it points into the `kvm_run` structure of the processor that this very thread
+        // runs, mapped until the thread ends. The kernel only reads the byte.
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+/// Has the signal handled by which processors are told to leave the guest. Once, before any is made.
+pub fn prepare_signals() -> Result<(), StartError> {
+    register_signal_handler(SIGRTMIN(), leave_guest).map_err(|error| StartError::Host {
+        what: "cannot handle signals",
+        error: std::io::Error::from_raw_os_error(error.errno()),
+    })
+}
+
+struct Runner {
+    id: u8,
+    fd: VcpuFd,
+    buses: Buses,
+    halt: Arc<HaltSwitch>,
+    saved_msrs: Arc<[u32]>,
+    commands: mpsc::Receiver<Command>,
+}
+
+impl Runner {
+    fn serve(mut self) {
+        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+        let (mut running, mut halted) = (false, false);
+        loop {
+            let command = if running { self.commands.try_recv().ok() } else { self.next_command() };
+            match command {
+                Some(Command::Run) if !halted && !running => {
+                    running = true;
+                    // The guest's watchdogs forgive the time it stood still; one that has no
+                    // kvmclock has none of those either.
+                    let _ = self.fd.kvmclock_ctrl();
+                }
+                Some(Command::Run) => {}
+                Some(Command::Pause(done)) => {
+                    running = false;
+                    let _ = done.send(());
+                }
+                Some(Command::Save(reply)) => {
+                    let _ = reply.send(VcpuState::save(&self.fd, &self.saved_msrs));
+                }
+                None => {}
             }
-            Ok(VcpuExit::SystemEvent(kind, _)) => {
-                tracing::info!(vcpu = id, kind, "system event");
-                const RESET: u32 = 2;
-                return if kind == RESET { Halt::Reset } else { Halt::Crash };
-            }
-            Ok(other) => {
-                tracing::error!(vcpu = id, "KVM cannot go on: {other:?}");
-                return Halt::Crash;
-            }
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-            Err(error) => {
-                tracing::error!(vcpu = id, %error, "KVM_RUN");
-                return Halt::Crash;
+            if running && let Some(reason) = self.run() {
+                self.halt.set(reason);
+                (running, halted) = (false, true);
             }
         }
+    }
+
+    /// Waits for a command. The thread stays, and its processor with it, until the process ends:
+    /// closing it before would race with KVM calls of the others.
+    fn next_command(&self) -> Option<Command> {
+        match self.commands.recv() {
+            Ok(command) => Some(command),
+            Err(_) => loop {
+                thread::park();
+            },
+        }
+    }
+
+    /// Runs the guest until there may be a command, or it cannot go on.
+    fn run(&mut self) -> Option<Halt> {
+        let (id, buses) = (self.id, &self.buses);
+        loop {
+            match self.fd.run() {
+                Ok(VcpuExit::IoIn(port, data)) => buses.pio.read(port.into(), data),
+                Ok(VcpuExit::IoOut(port, data)) => buses.pio.write(port.into(), data),
+                Ok(VcpuExit::MmioRead(address, data)) => buses.mmio.read(address, data),
+                Ok(VcpuExit::MmioWrite(address, data)) => buses.mmio.write(address, data),
+                Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {}
+                Ok(VcpuExit::Shutdown) => {
+                    tracing::error!(vcpu = id, "triple fault");
+                    return Some(Halt::Crash);
+                }
+                Ok(VcpuExit::SystemEvent(kind, _)) => {
+                    tracing::info!(vcpu = id, kind, "system event");
+                    const RESET: u32 = 2;
+                    return Some(if kind == RESET { Halt::Reset } else { Halt::Crash });
+                }
+                Ok(VcpuExit::Intr) => return self.interrupted(),
+                Ok(other) => {
+                    tracing::error!(vcpu = id, "KVM cannot go on: {other:?}");
+                    return Some(Halt::Crash);
+                }
+                Err(error) if error.errno() == libc::EAGAIN => {}
+                Err(error) if error.errno() == libc::EINTR => return self.interrupted(),
+                Err(error) => {
+                    tracing::error!(vcpu = id, %error, "KVM_RUN");
+                    return Some(Halt::Crash);
+                }
+            }
+        }
+    }
+
+    /// Before commands are looked at: one that comes later sets the flag again.
+    fn interrupted(&mut self) -> Option<Halt> {
+        self.fd.set_kvm_immediate_exit(0);
+        None
     }
 }

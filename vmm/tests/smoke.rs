@@ -6,8 +6,9 @@ use std::io::Write;
 use std::path::Path;
 
 use api_server::machine::config_file::ConfigFile;
-use api_server::machine::{Machine, exit_status};
+use api_server::machine::{Machine, MachineAnswer, exit_status};
 use vmm::controller::Controller;
+use vmm::{Handed, event_loop};
 
 /// An ELF kernel of this code at 1 MiB, entered by PVH.
 fn kernel(code: &[u8]) -> tempfile::NamedTempFile {
@@ -50,11 +51,11 @@ fn run(code: &[u8]) -> Option<i32> {
         r#"{{"boot-source": {{"kernel_image_path": {:?}}}, "console": {{"serial": false}}}}"#,
         kernel.path()
     );
-    let mut machine = Controller::default();
+    let mut machine = Controller::new("test".to_owned(), Handed::default());
     for request in ConfigFile::parse(config.as_bytes()).unwrap().into_requests() {
-        machine.handle(request).unwrap();
+        assert_eq!(machine.handle(request).unwrap(), MachineAnswer::Done);
     }
-    Some(machine.serve().unwrap())
+    Some(event_loop::run(machine, None).unwrap())
 }
 
 #[test]

@@ -8,7 +8,7 @@ use super::{
 };
 
 /// The file's objects; `GET /vm/config` answers with the same.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ConfigFile {
     /// What to boot; absent only in a restored machine's answer.
@@ -61,23 +61,7 @@ pub struct ConfigFile {
 impl ConfigFile {
     /// A machine that boots from here and has nothing else.
     pub fn new(boot_source: BootSource) -> ConfigFile {
-        ConfigFile {
-            boot_source: Some(boot_source),
-            drives: Vec::new(),
-            machine_config: None,
-            network_interfaces: Vec::new(),
-            vsock: None,
-            entropy: None,
-            logger: None,
-            console: None,
-            balloon: None,
-            cpu_config: None,
-            memory_hotplug: None,
-            metrics: None,
-            mmds_config: None,
-            pmem: Vec::new(),
-            serial: None,
-        }
+        ConfigFile { boot_source: Some(boot_source), ..ConfigFile::default() }
     }
 
     /// Reads the text of a file.

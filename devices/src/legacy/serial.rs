@@ -103,20 +103,20 @@ impl Write for Lossy {
 
 impl SerialPort {
     /// A port with nothing connected to its input yet.
-    pub fn new(output: Box<dyn Write + Send>) -> io::Result<SerialPort> {
+    pub fn new(output: impl Write + Send + 'static) -> io::Result<SerialPort> {
         SerialPort::restore(output, &SerialPortState::from(SerialState::default()))
     }
 
     /// The port that was saved, with another output.
     pub fn restore(
-        output: Box<dyn Write + Send>,
+        output: impl Write + Send + 'static,
         state: &SerialPortState,
     ) -> io::Result<SerialPort> {
         let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let line = Line(interrupt.try_clone()?);
         let events = Room(room.try_clone()?);
-        let port = Serial::from_state(&state.into(), line, events, Lossy(output))
+        let port = Serial::from_state(&state.into(), line, events, Lossy(Box::new(output)))
             .map_err(|error| io::Error::other(format!("{error:?}")))?;
         Ok(SerialPort { port, interrupt, room })
     }
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn input_waits_for_room_and_room_is_told_once_all_is_read() {
-        let mut port = SerialPort::new(Box::new(io::sink())).unwrap();
+        let mut port = SerialPort::new(io::sink()).unwrap();
         let sent: Vec<u8> = (0..=255).collect();
         let fits = port.input_capacity();
         port.input(&sent);
@@ -190,24 +190,24 @@ mod tests {
 
     #[test]
     fn a_restored_port_has_the_registers_and_the_input_of_the_other() {
-        let mut port = SerialPort::new(Box::new(io::sink())).unwrap();
+        let mut port = SerialPort::new(io::sink()).unwrap();
         port.write(7, &[0x5a]);
         port.input(b"not read yet");
         let state = port.save();
-        let mut other = SerialPort::restore(Box::new(io::sink()), &state).unwrap();
+        let mut other = SerialPort::restore(io::sink(), &state).unwrap();
         let mut byte = [0];
         other.read(7, &mut byte);
         assert_eq!(byte, [0x5a]);
         other.read(0, &mut byte);
         assert_eq!(byte, *b"n");
         let state = SerialPortState { input: vec![0; 1 << 20], ..state };
-        assert!(SerialPort::restore(Box::new(io::sink()), &state).is_err());
+        assert!(SerialPort::restore(io::sink(), &state).is_err());
     }
 
     /// HOSTILE.md 14: every register with every value and size.
     #[test]
     fn hostile_14_hammered_registers_do_not_panic() {
-        let mut port = SerialPort::new(Box::new(io::sink())).unwrap();
+        let mut port = SerialPort::new(io::sink()).unwrap();
         for offset in 0..8 {
             for value in 0..=255u8 {
                 for size in [1, 2, 4, 8] {

@@ -1,50 +1,78 @@
-//! `vmrun-vmm`: one micro-VM, described by a Firecracker configuration file.
+//! `vmrun-vmm`: one micro-VM, described by a Firecracker configuration file or over Firecracker's API.
 
 use std::collections::HashMap;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
-use api_server::machine::{Level, Logger, Machine, MachineError, exit_status};
+use api_server::machine::{
+    Level, Logger, Machine, MachineError, MachineRequest, exit_status, server,
+};
 use clap::Parser;
+use vmm::Handed;
 use vmm::controller::Controller;
+use vmm::event_loop::{self, Calls};
+use vmm::snapshot::file;
 
 /// Run one micro-VM.
 #[derive(Parser)]
 #[command(version)]
 struct Options {
-    /// The machine, as a JSON file in Firecracker's format.
+    /// Serve the API on this Unix socket, which must not exist
+    #[arg(long, value_name = "PATH", default_value = "/run/firecracker.socket")]
+    api_sock: PathBuf,
+    /// Do not serve the API; the machine is all in --config-file
+    #[arg(long, requires = "config_file")]
+    no_api: bool,
+    /// The machine, as a JSON file in Firecracker's format, started at once
     #[arg(long, value_name = "PATH")]
     config_file: Option<PathBuf>,
-    /// Do not serve the API. (There is none yet: without this, --config-file does the same.)
-    #[arg(long)]
-    no_api: bool,
-    /// Serve the API on this Unix socket. Not supported yet.
-    #[arg(long, value_name = "PATH")]
-    api_sock: Option<PathBuf>,
-    /// A name for the machine in messages and process lists.
-    #[arg(long, default_value = "anonymous-instance")]
+    /// A name for the machine: letters, digits and hyphens, 64 at most
+    #[arg(long, default_value = "anonymous-instance", value_parser = instance_id)]
     id: String,
-    /// Write messages to this file or FIFO.
+    /// Write messages to this file or FIFO
     #[arg(long, value_name = "PATH")]
     log_path: Option<PathBuf>,
-    /// The least important messages to write.
+    /// The least important messages to write
     #[arg(long, value_enum, ignore_case = true)]
     level: Option<LogLevel>,
-    /// Name the level of each message.
+    /// Write messages of this module only
+    #[arg(long)]
+    module: Option<String>,
+    /// Name the level of each message
     #[arg(long)]
     show_level: bool,
-    /// Name the source file and line of each message.
+    /// Name the source file and line of each message
     #[arg(long)]
     show_log_origin: bool,
-    /// Log how long the guest takes to reach its user space, when it tells.
+    /// Log how long the guest takes to reach its user space, when it tells
     #[arg(long)]
     boot_timer: bool,
-    /// Use this inherited descriptor as the TAP of an interface.
+    /// Most bytes of a request's body
+    #[arg(long, value_name = "BYTES", default_value_t = server::DEFAULT_PAYLOAD_LIMIT)]
+    http_api_max_payload_size: usize,
+    /// Print the version of a snapshot's state file and end
+    #[arg(long, value_name = "PATH")]
+    describe_snapshot: Option<PathBuf>,
+    /// Print the version of state files that are written and end
+    #[arg(long)]
+    snapshot_version: bool,
+    /// Use this inherited descriptor as the TAP of an interface
     #[arg(long, value_name = "IFACE_ID=FD")]
     tap_fd: Vec<String>,
+}
+
+fn instance_id(text: &str) -> Result<String, String> {
+    let known = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    // vmrun's own machines are named after containers, which may have these two.
+    let known = |byte: u8| known(byte) || byte == b'_' || byte == b'.';
+    if text.is_empty() || text.len() > 64 || !text.bytes().all(known) {
+        return Err("only letters, digits and hyphens, 1 to 64 of them".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -61,9 +89,17 @@ enum LogLevel {
 fn main() -> ExitCode {
     let started = Instant::now();
     let options = Options::parse();
-    match run(options, started) {
+    if options.snapshot_version {
+        println!("v{}.0.0", file::VERSION);
+        return ExitCode::SUCCESS;
+    }
+    let result = match &options.describe_snapshot {
+        Some(path) => file::version(path).map(|version| println!("v{version}.0.0")).map_err(failed),
         // The guest's memory and KVM's structures go with the process; nothing waits for it.
-        Ok(status) => std::process::exit(status),
+        None => run(options, started).map(|status| std::process::exit(status)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vmrun-vmm: {error}");
             ExitCode::from(exit_status::START_FAILED as u8)
@@ -71,30 +107,78 @@ fn main() -> ExitCode {
     }
 }
 
+/// An error of any kind, as one line.
+fn failed(error: impl ToString) -> MachineError {
+    MachineError::new(&error.to_string())
+}
+
 fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
-    let refuse = |message: &str| Err(MachineError(message.to_owned()));
-    if options.api_sock.is_some() {
-        return refuse("--api-sock is not supported yet; use --config-file");
-    }
-    let Some(path) = &options.config_file else {
-        return refuse("nothing to run: name a machine with --config-file");
-    };
     // Before any thread is made, so that all inherit it.
     vmm::event_loop::ending_signals()
         .thread_block()
-        .map_err(|error| MachineError(format!("cannot block signals: {error}")))?;
-    let unreadable = |error| MachineError(format!("{}: {error}", path.display()));
-    let text = std::fs::read(path).map_err(unreadable)?;
-    let mut config = ConfigFile::parse(&text)
-        .map_err(|MachineError(error)| MachineError(format!("{}: {error}", path.display())))?;
-    config.logger = Some(logger(&options, config.logger.take().unwrap_or_default()));
+        .map_err(|error| failed(format!("cannot block signals: {error}")))?;
     let taps = options.tap_fd.iter().map(|text| tap(text)).collect::<Result<HashMap<_, _>, _>>()?;
-    let mut machine = Controller::new(taps, options.boot_timer.then_some(started));
-    for request in config.into_requests() {
-        machine.handle(request)?;
+    let handed = Handed { taps, boot_timer: options.boot_timer.then_some(started) };
+    let mut machine = Controller::new(options.id.clone(), handed);
+    let mut config = match &options.config_file {
+        None => ConfigFile::default(),
+        Some(path) => {
+            let named =
+                |error: &dyn std::fmt::Display| failed(format!("{}: {error}", path.display()));
+            let text = std::fs::read(path).map_err(|error| named(&error))?;
+            ConfigFile::parse(&text).map_err(|error| named(&error))?
+        }
+    };
+    // Where the API is served and nothing is said of messages, its client says it with PUT /logger.
+    if config.logger.is_some() || options.no_api || options.says_of_messages() {
+        config.logger = Some(logger(&options, config.logger.take().unwrap_or_default()));
     }
-    tracing::info!("{}: started after {} us", options.id, started.elapsed().as_micros());
-    machine.serve()
+    let calls = if options.no_api { None } else { Some(serve_api(&options)?) };
+    if options.config_file.is_some() {
+        for request in config.into_requests() {
+            machine.handle(request)?;
+        }
+        tracing::info!("{}: started after {} us", options.id, started.elapsed().as_micros());
+    } else if let Some(logger) = config.logger {
+        machine.handle(MachineRequest::PutLogger(logger))?;
+    }
+    let status = event_loop::run(machine, calls).map_err(failed)?;
+    if options.no_api {
+        return Ok(status);
+    }
+    let _ = std::fs::remove_file(&options.api_sock);
+    // A reset is how guests of Firecracker switch themselves off, and its clients expect 0.
+    Ok(if status == exit_status::REBOOT { exit_status::POWER_OFF } else { status })
+}
+
+/// Listens on the socket and serves it on a thread of its own.
+fn serve_api(options: &Options) -> Result<Calls, MachineError> {
+    let path = &options.api_sock;
+    let listener = UnixListener::bind(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => failed(format!(
+            "API socket {}: the path exists; another machine listens there, or one that was \
+             killed left it behind (then remove it)",
+            path.display()
+        )),
+        _ => failed(format!("API socket {}: {error}", path.display())),
+    })?;
+    let (caller, calls) = Calls::new().map_err(failed)?;
+    let limit = options.http_api_max_payload_size;
+    std::thread::Builder::new()
+        .name("api".to_owned())
+        .spawn(move || {
+            let Err(error) = server::serve(listener, limit, move |call| caller.submit(call));
+            tracing::error!(%error, "the API is not served any more");
+        })
+        .map_err(failed)?;
+    Ok(calls)
+}
+
+impl Options {
+    fn says_of_messages(&self) -> bool {
+        let flags = self.show_level || self.show_log_origin;
+        self.log_path.is_some() || self.level.is_some() || self.module.is_some() || flags
+    }
 }
 
 /// What the file says of messages, and where it says nothing, what the command line does.
@@ -112,20 +196,20 @@ fn logger(options: &Options, file: Logger) -> Logger {
         level: file.level.or(level),
         show_level: file.show_level || options.show_level,
         show_log_origin: file.show_log_origin || options.show_log_origin,
-        module: file.module,
+        module: file.module.or_else(|| options.module.clone()),
     }
 }
 
 /// `IFACE_ID=FD`.
 fn tap(text: &str) -> Result<(String, OwnedFd), MachineError> {
-    let wrong = || MachineError(format!("--tap-fd {text}: not of the form IFACE_ID=FD"));
+    let wrong = || failed(format!("--tap-fd {text}: not of the form IFACE_ID=FD"));
     let (name, descriptor) = text.split_once('=').ok_or_else(wrong)?;
     let descriptor: RawFd = descriptor.parse().ok().filter(|fd| *fd > 2).ok_or_else(wrong)?;
     let open = nix::fcntl::FdFlag::FD_CLOEXEC;
     // SAFETY: the descriptor is only borrowed for a call that fails where it is not open.
     let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
     nix::fcntl::fcntl(borrowed, nix::fcntl::FcntlArg::F_SETFD(open))
-        .map_err(|error| MachineError(format!("--tap-fd {text}: {error}")))?;
+        .map_err(|error| failed(format!("--tap-fd {text}: {error}")))?;
     // SAFETY: it is open, as just seen; it was inherited, and nothing else in this process knows
     // its number, which the caller gave away with this option.
     Ok((name.to_owned(), unsafe { OwnedFd::from_raw_fd(descriptor) }))
