@@ -13,6 +13,6 @@ mod token;
 
 pub use http::MAX_REQUEST;
 pub use service::{AddressError, DEFAULT_ADDRESS, Mmds, MmdsState, MmdsVersion, check_address};
-pub use stack::{HEAD, IDLE_TIMEOUT, MAX_CONNECTIONS, Stack, StackConfig, StackError};
+pub use stack::{HEAD, IDLE_TIMEOUT, MAX_CONNECTIONS, MAX_FRAME, Stack, StackConfig, StackError};
 pub use store::{DEFAULT_SIZE_LIMIT, StoreError};
 pub use token::{MAX_TTL_SECONDS, MIN_TTL_SECONDS, TokenError};

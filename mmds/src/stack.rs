@@ -6,8 +6,11 @@
 //!
 //! Checksums of the guest's packets are not looked at, as they may have been left to the device
 //! (VIRTIO_NET_F_CSUM). Nor is the address of the Ethernet frame a packet comes in: it is the
-//! gateway's where the guest has no route to link-local addresses. In turn answers go where the
-//! packet came from, without asking by ARP for what is known, and may be filtered.
+//! gateway's where the guest has no route to link-local addresses. In turn an answer goes where the
+//! packet came from; a guest that filters ARP is not asked for what is known.
+//!
+//! A machine that is restored from a snapshot gets a new stack. What its guest still sends on old
+//! connections is answered by a reset.
 
 mod link;
 #[cfg(test)]
@@ -32,6 +35,8 @@ use link::Link;
 
 /// Bytes of a frame's beginning that [`Stack::wants`] needs: the Ethernet header and an ARP packet.
 pub const HEAD: usize = ETHERNET + 28;
+/// Bytes of the longest frame for the guest: an MTU of 1500 and the Ethernet header.
+pub const MAX_FRAME: usize = 1500 + ETHERNET;
 /// Connections at a time, those that are being closed among them. Firecracker has as many.
 pub const MAX_CONNECTIONS: usize = 30;
 /// How long a connection is kept on which nothing moves.
@@ -181,8 +186,7 @@ impl Stack {
     }
 
     /// Writes the next frame for the guest into `buffer` and says how long it is; `None` where
-    /// there is none. No frame is longer than an MTU of 1500 bytes makes it, 1514 bytes; what does
-    /// not fit into `buffer` is cut off.
+    /// there is none. What does not fit into a buffer of less than [`MAX_FRAME`] bytes is cut off.
     pub fn transmit(&mut self, buffer: &mut [u8]) -> Option<usize> {
         let frame = self.link.pop()?;
         let length = frame.len().min(buffer.len());

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
 
-/// Bytes of the longest frame of ours: an MTU of 1500 and the Ethernet header.
-const OWN_MAX_FRAME: usize = 1514;
+use super::MAX_FRAME;
+
 /// Frames of the guest, and their bytes, that wait at most. One alone may be as long as IPv4 allows,
 /// when the guest leaves segmentation to the device.
 const MAX_INCOMING: usize = 256;
@@ -69,7 +69,7 @@ impl Device for Link {
     fn capabilities(&self) -> DeviceCapabilities {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ethernet;
-        capabilities.max_transmission_unit = OWN_MAX_FRAME;
+        capabilities.max_transmission_unit = MAX_FRAME;
         capabilities.checksum.ipv4 = Checksum::Tx;
         capabilities.checksum.tcp = Checksum::Tx;
         capabilities
