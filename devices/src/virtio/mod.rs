@@ -6,6 +6,7 @@ pub mod console;
 mod device;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
