@@ -4,6 +4,7 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 mod device;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pmem;
