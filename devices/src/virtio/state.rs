@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::balloon::BalloonState;
+use super::mem::MemState;
 use crate::rate_limiter::RateLimiterState;
 
 /// Where a device is in a queue: all that its registers do not say.
@@ -37,6 +38,8 @@ pub enum DeviceState {
     },
     /// A balloon.
     Balloon(BalloonState),
+    /// Memory that is plugged in block by block.
+    Mem(MemState),
 }
 
 /// The state is none that this device can take up.
