@@ -3,22 +3,23 @@
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{
     BackendType, HugePages, InstanceInfo, InstanceState, Machine, MachineAnswer, MachineConfig,
-    MachineError, MachineRequest, PartialDrive, PartialNetworkInterface, RestoredPages,
+    MachineError, MachineRequest, MmdsConfig, PartialDrive, PartialNetworkInterface, RestoredPages,
     SnapshotCreate, SnapshotLoad, SnapshotType,
 };
 use devices::virtio::balloon::Balloon;
 use devices::virtio::block::Disk;
-use std::sync::{Arc, Mutex};
+use mmds::Mmds;
 
 use crate::machine::{self, Handed, Running, lock};
 use crate::memory::{self, MemoryOptions};
 use crate::snapshot::{MachineState, file, memory_file, userfault};
-use crate::{limits, logger};
+use crate::{limits, logger, metadata};
 
 /// One machine, before and after its start.
 pub struct Controller {
@@ -27,6 +28,9 @@ pub struct Controller {
     handed: Handed,
     running: Option<Running>,
     paused: bool,
+    metadata: Option<Arc<Mutex<Mmds>>>,
+    /// Most bytes that the metadata service holds.
+    metadata_limit: usize,
     /// The event loop has not taken up the machine yet.
     fresh: bool,
 }
@@ -40,14 +44,17 @@ const AFTER_START: &str = "The requested operation is not supported after starti
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
 
 impl Controller {
-    /// A machine of this name that nothing is known of yet.
-    pub fn new(id: String, handed: Handed) -> Controller {
+    /// A machine of this name that nothing is known of yet. Its metadata service holds so many bytes
+    /// of JSON.
+    pub fn new(id: String, handed: Handed, metadata_limit: usize) -> Controller {
         Controller {
             id,
             description: ConfigFile::default(),
             handed,
             running: None,
             paused: false,
+            metadata: None,
+            metadata_limit,
             fresh: false,
         }
     }
@@ -70,6 +77,27 @@ impl Controller {
     fn balloon(&self) -> Result<&Arc<Mutex<Balloon>>, MachineError> {
         let missing = || MachineError::new("Balloon device not configured.");
         self.running()?.devices.balloon.as_ref().ok_or_else(missing)
+    }
+
+    /// The metadata service, which is made when it is first spoken of.
+    fn metadata(&mut self) -> Result<Arc<Mutex<Mmds>>, MachineError> {
+        match &self.metadata {
+            Some(service) => Ok(service.clone()),
+            None => {
+                let service = metadata::service(self.metadata_limit)?;
+                Ok(self.metadata.insert(service).clone())
+            }
+        }
+    }
+
+    /// What the machine gets from outside its description.
+    fn hand_over(&mut self, metadata: Option<&MmdsConfig>) -> Result<Handed, MachineError> {
+        if let Some(config) = metadata {
+            let service = self.metadata()?;
+            lock(&service).configure(metadata::state(config)).map_err(refused)?;
+            self.handed.metadata = Some(service);
+        }
+        Ok(std::mem::take(&mut self.handed))
     }
 
     fn machine_config(&self) -> MachineConfig {
@@ -138,14 +166,30 @@ impl Controller {
                         "a TAP was handed in for {name}, which is no interface"
                     )));
                 }
-                let handed = std::mem::take(&mut self.handed);
+                let config = self.description.mmds_config.clone();
+                let handed = self.hand_over(config.as_ref())?;
                 let running = machine::boot(&self.description, handed).map_err(refused)?;
                 self.started(running, false);
             }
             MachineRequest::LoadSnapshot(load) => self.load(&load)?,
             MachineRequest::PutPmem(_) => return not_yet("pmem"),
             MachineRequest::PutMemoryHotplug(_) => return not_yet("hotplug/memory"),
-            MachineRequest::PutMmdsConfig(_) => return not_yet("mmds/config"),
+            MachineRequest::PutMmdsConfig(config) => {
+                config.check()?;
+                let known = |id: &&String| {
+                    description.network_interfaces.iter().any(|other| other.iface_id == **id)
+                };
+                let unknown: Vec<_> =
+                    config.network_interfaces.iter().filter(|id| !known(id)).collect();
+                if !unknown.is_empty() {
+                    return Err(refused(format!(
+                        "The list of network interface IDs provided contains at least one ID that \
+                         does not correspond to any existing network interface: {unknown:?}"
+                    )));
+                }
+                lock(&*self.metadata()?).configure(metadata::state(&config)).map_err(refused)?;
+                self.description.mmds_config = Some(config);
+            }
             other => return Err(refused(format!("not a description: {other:?}"))),
         }
         Ok(())
@@ -314,7 +358,7 @@ impl Controller {
                 (memory, Some(faults))
             }
         };
-        let handed = std::mem::take(&mut self.handed);
+        let handed = self.hand_over(state.description.mmds_config.as_ref())?;
         let running = machine::restore(&state, memory, faults, handed, load.clock_realtime)
             .map_err(|error| failed(&error))?;
         if load.resume_vm {
@@ -465,8 +509,14 @@ impl Machine for Controller {
             MachineRequest::PutMetrics(_) | MachineRequest::FlushMetrics => {
                 not_yet("metrics")?;
             }
-            MachineRequest::PutMmds(_) | MachineRequest::PatchMmds(_) | MachineRequest::GetMmds => {
-                not_yet("mmds")?;
+            MachineRequest::PutMmds(contents) => {
+                lock(&*self.metadata()?).put(contents).map_err(refused)?;
+            }
+            MachineRequest::PatchMmds(patch) => {
+                lock(&*self.metadata()?).patch(&patch).map_err(refused)?;
+            }
+            MachineRequest::GetMmds => {
+                return Ok(MachineAnswer::Object(lock(&*self.metadata()?).get()));
             }
             MachineRequest::PatchPmem(_) => not_yet("pmem")?,
             MachineRequest::PatchMemoryHotplug(_) | MachineRequest::GetMemoryHotplug => {

@@ -30,10 +30,12 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use mmds::Mmds;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::device_manager::{DeviceManager, Subscriber, VirtioSlot};
 use crate::memory::MemoryOptions;
+use crate::metadata::Link;
 use crate::snapshot::memory_file::DirtyPages;
 use crate::snapshot::{MachineState, SavedDevice, VmState, saved_msrs};
 use crate::vcpu::{Buses, HaltSwitch, Vcpu};
@@ -52,6 +54,8 @@ pub struct Handed {
     pub taps: HashMap<String, OwnedFd>,
     /// Tells how long the guest took to its user space.
     pub boot_timer: Option<Instant>,
+    /// The metadata service, where the description puts it on an interface.
+    pub metadata: Option<Arc<Mutex<Mmds>>>,
 }
 
 /// A machine whose processors run, or stand still.
@@ -264,7 +268,7 @@ impl Parts {
             manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(Some(since)))?;
         }
         let mut devices = Devices::default();
-        let root = add_virtio(&mut manager, &mut devices, memory, description, &mut handed.taps)?;
+        let root = add_virtio(&mut manager, &mut devices, memory, description, &mut handed)?;
         Ok(Parts { kvm, vm, manager, devices, root, serial, power, halt })
     }
 
@@ -378,7 +382,7 @@ fn add_virtio(
     devices: &mut Devices,
     memory: &GuestMemory,
     description: &ConfigFile,
-    taps: &mut HashMap<String, OwnedFd>,
+    handed: &mut Handed,
 ) -> Result<Option<RootDevice>, StartError> {
     check_sharing(&description.drives)?;
     let mut root = None;
@@ -405,7 +409,7 @@ fn add_virtio(
         let id = &interface.iface_id;
         let failed = || StartError::device::<std::io::Error>(format!("interface {id}"));
         let mac = interface.check().map_err(StartError::device(format!("interface {id}")))?;
-        let tap = match taps.remove(id) {
+        let tap = match handed.taps.remove(id) {
             Some(descriptor) => Tap::from_descriptor(descriptor),
             None => Tap::open(&interface.host_dev_name),
         };
@@ -420,7 +424,13 @@ fn add_virtio(
             tx_rate_limiter: limits::limiter(interface.tx_rate_limiter.as_ref())
                 .map_err(failed())?,
         };
-        let net = Net::new(options, tap).map_err(failed())?;
+        let mut net = Net::new(options, tap).map_err(failed())?;
+        if let (Some(config), Some(service)) = (&description.mmds_config, &handed.metadata)
+            && config.network_interfaces.contains(id)
+        {
+            let link = Link::new(config, service.clone())?;
+            net.set_responder(Box::new(link)).map_err(failed())?;
+        }
         devices.interfaces.insert(id.clone(), manager.add_virtio(memory, id, net)?);
     }
     if let Some(vsock) = &description.vsock {

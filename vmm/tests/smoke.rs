@@ -51,7 +51,7 @@ fn run(code: &[u8]) -> Option<i32> {
         r#"{{"boot-source": {{"kernel_image_path": {:?}}}, "console": {{"serial": false}}}}"#,
         kernel.path()
     );
-    let mut machine = Controller::new("test".to_owned(), Handed::default());
+    let mut machine = Controller::new("test".to_owned(), Handed::default(), 1024);
     for request in ConfigFile::parse(config.as_bytes()).unwrap().into_requests() {
         assert_eq!(machine.handle(request).unwrap(), MachineAnswer::Done);
     }
