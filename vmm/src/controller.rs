@@ -14,10 +14,11 @@ use api_server::machine::{
 };
 use devices::virtio::balloon::Balloon;
 use devices::virtio::block::Disk;
+use devices::virtio::mem::{Mem, MemOptions};
 use mmds::Mmds;
 
 use crate::machine::{self, Handed, Running, lock};
-use crate::memory::{self, MemoryOptions};
+use crate::memory;
 use crate::snapshot::{MachineState, file, memory_file, userfault};
 use crate::{limits, logger, metadata};
 
@@ -79,6 +80,11 @@ impl Controller {
         self.running()?.devices.balloon.as_ref().ok_or_else(missing)
     }
 
+    fn hotplug(&self) -> Result<&Arc<Mutex<Mem>>, MachineError> {
+        let missing = || MachineError::new("Memory hotplug is not configured.");
+        self.running()?.devices.hotplug.as_ref().ok_or_else(missing)
+    }
+
     /// The metadata service, which is made when it is first spoken of.
     fn metadata(&mut self) -> Result<Arc<Mutex<Mmds>>, MachineError> {
         match &self.metadata {
@@ -129,7 +135,8 @@ impl Controller {
                 readable(drive.check()?)?;
                 let others = description.drives.iter();
                 let mut others = others.filter(|other| other.drive_id != drive.drive_id);
-                if drive.is_root_device && others.any(|other| other.is_root_device) {
+                let pmem = description.pmem.iter().any(|pmem| pmem.root_device);
+                if drive.is_root_device && (pmem || others.any(|other| other.is_root_device)) {
                     return Err(MachineError::new("A root block device already exists!"));
                 }
                 replace(&mut description.drives, drive, |drive| &drive.drive_id);
@@ -172,8 +179,28 @@ impl Controller {
                 self.started(running, false);
             }
             MachineRequest::LoadSnapshot(load) => self.load(&load)?,
-            MachineRequest::PutPmem(_) => return not_yet("pmem"),
-            MachineRequest::PutMemoryHotplug(_) => return not_yet("hotplug/memory"),
+            MachineRequest::PutPmem(pmem) => {
+                pmem.check()?;
+                readable(&pmem.path_on_host)?;
+                let drives = description.drives.iter().any(|drive| drive.is_root_device);
+                let mut others = description.pmem.iter().filter(|other| other.id != pmem.id);
+                if pmem.root_device && (drives || others.any(|other| other.root_device)) {
+                    return Err(MachineError::new(
+                        "Attempt to add pmem as a root device while the root device defined as a block device",
+                    ));
+                }
+                replace(&mut description.pmem, pmem, |pmem| &pmem.id);
+            }
+            MachineRequest::PutMemoryHotplug(config) => {
+                MemOptions {
+                    total_size_mib: config.total_size_mib,
+                    slot_size_mib: config.slot_size_mib,
+                    block_size_mib: config.block_size_mib,
+                }
+                .check()
+                .map_err(refused)?;
+                description.memory_hotplug = Some(config);
+            }
             MachineRequest::PutMmdsConfig(config) => {
                 config.check()?;
                 let known = |id: &&String| {
@@ -332,11 +359,7 @@ impl Controller {
             RestoredPages::Explicit => HugePages::Explicit,
         };
         config.check()?;
-        let options = MemoryOptions {
-            mib: config.mem_size_mib,
-            pages: config.huge_pages,
-            track_dirty_pages: config.track_dirty_pages,
-        };
+        let options = machine::memory_options(&state.description);
         if options.pages == HugePages::Explicit {
             return Err(failed(&"2M pages cannot be restored yet; use None or Transparent"));
         }
@@ -518,9 +541,13 @@ impl Machine for Controller {
             MachineRequest::GetMmds => {
                 return Ok(MachineAnswer::Object(lock(&*self.metadata()?).get()));
             }
-            MachineRequest::PatchPmem(_) => not_yet("pmem")?,
-            MachineRequest::PatchMemoryHotplug(_) | MachineRequest::GetMemoryHotplug => {
-                not_yet("hotplug/memory")?;
+            MachineRequest::PatchPmem(_) => not_yet("a rate_limiter of pmem")?,
+            MachineRequest::PatchMemoryHotplug(update) => {
+                let requested = update.requested_size_mib;
+                lock(self.hotplug()?).set_requested_mib(requested).map_err(refused)?;
+            }
+            MachineRequest::GetMemoryHotplug => {
+                return MachineAnswer::object(&lock(self.hotplug()?).status());
             }
             request => self.describe(request)?,
         }

@@ -10,6 +10,7 @@ pub mod logger;
 mod machine;
 mod memory;
 mod metadata;
+mod slots;
 pub mod snapshot;
 mod vcpu;
 
