@@ -5,6 +5,7 @@ pub mod block;
 pub mod console;
 mod device;
 pub mod mmio;
+pub mod negotiation;
 pub mod net;
 pub mod queue;
 pub mod rng;
@@ -12,6 +13,8 @@ pub mod rng;
 mod test_driver;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod transport_rules;
 mod vectored;
 pub mod vsock;
 
