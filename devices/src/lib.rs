@@ -9,6 +9,7 @@ mod complaint;
 pub mod bus;
 pub mod discard;
 pub mod legacy;
+pub mod pci;
 pub mod virtio;
 
 /// Guest memory as every device sees it. Cloning shares the mappings.

@@ -7,6 +7,7 @@ mod device;
 pub mod mmio;
 pub mod negotiation;
 pub mod net;
+pub mod pci;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
