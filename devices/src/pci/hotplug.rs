@@ -14,6 +14,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::{PciBus, SLOTS};
@@ -26,11 +27,19 @@ const PLUGGED: u64 = 0;
 const UNPLUG: u64 = 4;
 const EJECT: u64 = 8;
 
+/// What the guest has not read yet, for a snapshot; a bit for each slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HotPlugState {
+    /// Slots that were filled.
+    pub plugged: u32,
+    /// Slots that are to be emptied.
+    pub unplug: u32,
+}
+
 /// The registers.
 pub struct HotPlug {
     bus: Arc<Mutex<PciBus>>,
-    plugged: u32,
-    unplug: u32,
+    state: HotPlugState,
     ejected: u32,
     interrupt: EventFd,
     ejection: EventFd,
@@ -41,7 +50,7 @@ impl HotPlug {
     pub fn new(bus: Arc<Mutex<PciBus>>) -> std::io::Result<HotPlug> {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let (interrupt, ejection) = (event()?, event()?);
-        Ok(HotPlug { bus, plugged: 0, unplug: 0, ejected: 0, interrupt, ejection })
+        Ok(HotPlug { bus, state: HotPlugState::default(), ejected: 0, interrupt, ejection })
     }
 
     /// Written to raise the Generic Event Device's interrupt: to be made an irqfd.
@@ -54,15 +63,16 @@ impl HotPlug {
         &self.ejection
     }
 
-    /// Tells the guest that a function was put into this slot.
+    /// Tells the guest that a function was put into this slot. A guest that has enumerated the bus,
+    /// but does not wait for the interrupt yet, hears of it with the next one.
     pub fn plugged(&mut self, slot: u8) {
-        self.plugged |= bit(slot);
+        self.state.plugged |= bit(slot);
         self.raise();
     }
 
     /// Asks the guest to let go of what is in this slot. It may take its time, or never do it.
     pub fn request_eject(&mut self, slot: u8) {
-        self.unplug |= bit(slot);
+        self.state.unplug |= bit(slot);
         self.raise();
     }
 
@@ -73,6 +83,19 @@ impl HotPlug {
         let _ = self.ejection.read();
         let ejected = std::mem::take(&mut self.ejected);
         slots(ejected).collect()
+    }
+
+    /// What the guest has not read yet, for a snapshot. What it ejected is to be taken before that.
+    pub fn save(&self) -> HotPlugState {
+        self.state
+    }
+
+    /// Takes that out of a snapshot, and tells the guest of it if there is something.
+    pub fn restore(&mut self, state: HotPlugState) {
+        self.state = state;
+        if state != HotPlugState::default() {
+            self.raise();
+        }
     }
 
     fn raise(&self) {
@@ -86,8 +109,8 @@ impl HotPlug {
         for slot in slots(wanted).filter(|slot| *slot != 0) {
             if bus.remove(slot).is_some() {
                 self.ejected |= bit(slot);
-                self.plugged &= !bit(slot);
-                self.unplug &= !bit(slot);
+                self.state.plugged &= !bit(slot);
+                self.state.unplug &= !bit(slot);
                 let _ = self.ejection.write(1);
             }
         }
@@ -108,8 +131,8 @@ impl BusDevice for HotPlug {
         // A part of a register is none: it would forget the other parts.
         if let Ok(word) = <&mut [u8; 4]>::try_from(data) {
             *word = match offset {
-                PLUGGED => std::mem::take(&mut self.plugged),
-                UNPLUG => std::mem::take(&mut self.unplug),
+                PLUGGED => std::mem::take(&mut self.state.plugged),
+                UNPLUG => std::mem::take(&mut self.state.unplug),
                 _ => 0,
             }
             .to_le_bytes();
@@ -157,6 +180,18 @@ mod tests {
         assert!(bus.lock().unwrap().function(slot).is_none());
         assert_eq!((registers.take_ejected(), registers.take_ejected()), (vec![5], vec![]));
         assert!(registers.ejection_event().read().is_err());
+    }
+
+    #[test]
+    fn what_was_not_read_before_a_snapshot_is_read_after_it() {
+        let (mut before, _) = hot_plug();
+        before.request_eject(3);
+        let (mut after, _) = hot_plug();
+        after.restore(HotPlugState::default());
+        assert!(after.interrupt_event().read().is_err());
+        after.restore(before.save());
+        assert_eq!(after.interrupt_event().read().unwrap(), 1);
+        assert_eq!([0, 4].map(|at| get(&mut after, at)), [0, 1 << 3]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::pci::msix::tests::{Recorder, Sent};
+use crate::virtio::negotiation::{ACKNOWLEDGE, DRIVER};
 use crate::virtio::transport_rules::*;
 
 /// A transport with what it sent.
@@ -296,6 +297,105 @@ fn the_bar_can_be_reached_through_the_configuration() {
         assert_eq!(function.register(access + CAPABILITY_DATA, 4), 0);
     }
     assert_eq!(function.status(), FEATURES);
+}
+
+/// From enumeration to removal, by addresses only, in the order of Linux.
+#[test]
+fn a_hot_plugged_device_is_found_moved_started_and_ejected() {
+    use crate::bus::{Bus, BusDevice};
+    use crate::pci::hotplug::HotPlug;
+    use crate::pci::{BarSink, Ecam, MemoryWindow, PciBus};
+
+    #[derive(Default)]
+    struct Places(Mutex<Vec<u64>>);
+    impl BarSink for Places {
+        fn mapped(&self, _slot: u8, _bar: u8, address: u64) {
+            self.0.lock().unwrap().push(address);
+        }
+        fn unmapped(&self, _slot: u8, _bar: u8, address: u64) {
+            self.0.lock().unwrap().retain(|mapped| *mapped != address);
+        }
+    }
+
+    const LOW: u64 = 0xe100_0000;
+    const HIGH: u64 = 1 << 38;
+    let places = Arc::new(Places::default());
+    let bus = PciBus::new(vec![LOW..LOW + (1 << 20), HIGH..HIGH + (1 << 20)], places.clone());
+    let bus = Arc::new(Mutex::new(bus));
+    let mut mmio = Bus::default();
+    mmio.insert(0, Ecam::SIZE, Arc::new(Mutex::new(Ecam(bus.clone())))).unwrap();
+    for start in [LOW, HIGH] {
+        let window = MemoryWindow { bus: bus.clone(), start };
+        mmio.insert(start, 1 << 20, Arc::new(Mutex::new(window))).unwrap();
+    }
+    let get = |address: u64, size: usize| {
+        let mut data = [0; 4];
+        mmio.read(address, &mut data[..size]);
+        u32::from_le_bytes(data)
+    };
+    let set = |address: u64, size: usize, value: u32| {
+        mmio.write(address, &value.to_le_bytes()[..size]);
+    };
+
+    let mut hot_plug = HotPlug::new(bus.clone()).unwrap();
+    let Guest { transport: Function { transport, sent }, device } = Guest::<Function>::new();
+    let slot = bus.lock().unwrap().insert(None, Arc::new(Mutex::new(transport))).unwrap();
+    hot_plug.plugged(slot);
+    let mut slots = [0; 4];
+    hot_plug.read(0, &mut slots);
+    assert_eq!(u32::from_le_bytes(slots), 1 << slot);
+
+    // It is there; its BAR goes above 4 GiB.
+    let header = u64::from(slot) << 15;
+    assert_eq!(get(header, 4), 0x106a_1af4);
+    assert_eq!(get(header + 0x10, 4), LOW as u32 | 4);
+    set(header + 0x10, 4, u32::MAX);
+    assert_eq!(get(header + 0x10, 4), !(BAR_SIZE as u32 - 1) | 4);
+    let bar = HIGH + 0x1_0000;
+    set(header + 0x10, 4, bar as u32);
+    set(header + 0x14, 4, (bar >> 32) as u32);
+    set(header + 4, 2, 6);
+    assert_eq!(*places.0.lock().unwrap(), [bar]);
+    // One vector for all, of the first queue only.
+    let mut msix = u64::from(get(header + 0x34, 1) as u8);
+    while get(header + msix, 1) != u32::from(msix::CAPABILITY) {
+        msix = get(header + msix + 1, 1).into();
+    }
+    set(header + msix + 2, 2, 0x8000);
+    set(bar + TABLE, 4, 0xfee0_0000);
+    set(bar + TABLE + 8, 4, 0x41);
+    set(bar + TABLE + 12, 4, 0);
+    for status in [ACKNOWLEDGE, ACKNOWLEDGE | DRIVER] {
+        set(bar + common::STATUS, 1, status);
+    }
+    for (page, half) in [(0, OFFERED as u32), (1, (OFFERED >> 32) as u32)] {
+        set(bar + common::DRIVER_FEATURES_PAGE, 4, page);
+        set(bar + common::DRIVER_FEATURES, 4, half);
+    }
+    set(bar + common::STATUS, 1, FEATURES);
+    set(bar + common::QUEUE_SELECT, 2, 0);
+    set(bar + common::QUEUE_VECTOR, 2, 0);
+    let rings = Registers::good(0);
+    set(bar + common::QUEUE_DESCRIPTORS, 4, rings.descriptors as u32);
+    set(bar + common::QUEUE_AVAILABLE, 4, rings.available as u32);
+    set(bar + common::QUEUE_USED, 4, rings.used as u32);
+    set(bar + common::QUEUE_ENABLE, 2, 1);
+    set(bar + common::STATUS, 1, RUNNING);
+    assert_eq!(get(bar + common::STATUS, 1), RUNNING);
+    set(bar + NOTIFY, 2, 0);
+    {
+        let device = device.lock().unwrap();
+        assert_eq!(device.events[0].read().unwrap(), 1);
+        device.activations[0].interrupt.used_buffers(0);
+    }
+    assert_eq!(sent.take(), [Sent::Route(0, 0xfee0_0000, 0x41), Sent::Message(0)]);
+
+    hot_plug.request_eject(slot);
+    hot_plug.write(8, &(1u32 << slot).to_le_bytes());
+    assert_eq!(hot_plug.take_ejected(), [slot]);
+    assert_eq!(device.lock().unwrap().resets, 1);
+    assert_eq!((get(header, 4), get(bar, 4)), (u32::MAX, u32::MAX));
+    assert!(places.0.lock().unwrap().is_empty());
 }
 
 #[test]
