@@ -175,7 +175,7 @@ pub fn restore(
         }
         let failed = || StartError::device::<devices::virtio::RestoreError>(slot.name.clone());
         lock(&slot.device).restore(saved.device.clone()).map_err(failed())?;
-        lock(&slot.registers).restore(saved.registers.clone()).map_err(failed())?;
+        lock(&slot.registers).restore(&saved.registers).map_err(failed())?;
     }
     if let Some(vsock) = &parts.devices.vsock {
         lock(vsock).transport_reset();
@@ -591,6 +591,7 @@ fn load(
         vcpus: config.vcpu_count,
         virtio: parts.manager.virtio.clone(),
         serial: parts.serial.is_some(),
+        ..Platform::default()
     };
     let rsdp = acpi::write(memory, &platform)?;
     boot::write_parameters(memory, &kernel, initramfs, &command_line, rsdp)
