@@ -96,8 +96,12 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 pub const SERIAL_GSI: u32 = 4;
 /// First interrupt for virtio devices. Those below are the PC's own.
 pub const FIRST_GSI: u32 = 5;
-/// Last interrupt of KVM's I/O APIC.
-pub const LAST_GSI: u32 = 23;
+/// Last interrupt for virtio devices.
+pub const LAST_GSI: u32 = 21;
+/// Interrupt of PCI hot-plug.
+pub const HOT_PLUG_GSI: u32 = 22;
+/// Interrupt that tells of another generation ID; the last one of KVM's I/O APIC.
+pub const GENERATION_GSI: u32 = 23;
 
 /// The serial port's eight registers.
 pub const SERIAL_PORT: u16 = 0x3f8;

@@ -5,6 +5,7 @@ mod cpu_template;
 mod device_manager;
 mod error;
 pub mod event_loop;
+mod generation;
 mod limits;
 pub mod logger;
 mod machine;

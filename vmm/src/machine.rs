@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{BootSource, CacheType, CpuConfig, Drive, MachineConfig};
-use arch::acpi::{self, Platform};
+use arch::acpi::{self, GenerationId, Platform};
 use arch::boot::{self, Entry, LoadedKernel};
 use arch::cpuid::{self, Topology};
 use arch::{layout, registers};
@@ -33,13 +33,14 @@ use mmds::Mmds;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::device_manager::{DeviceManager, Subscriber, VirtioSlot};
+use crate::generation::Generation;
 use crate::memory::MemoryOptions;
 use crate::metadata::Link;
 use crate::slots::HotplugSlots;
 use crate::snapshot::memory_file::DirtyPages;
 use crate::snapshot::{MachineState, SavedDevice, VmState, saved_msrs};
 use crate::vcpu::{Buses, HaltSwitch, Vcpu};
-use crate::{StartError, cpu_template, limits, memory, slots, vcpu};
+use crate::{StartError, cpu_template, generation, limits, memory, slots, vcpu};
 
 /// Firecracker's command line for a kernel that is given none.
 const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux \
@@ -116,6 +117,7 @@ pub fn boot(description: &ConfigFile, handed: Handed) -> Result<Running, StartEr
     let parts = Parts::assemble(description, &memory, handed, None)?;
     // The kernel finds the rest when it is plugged in.
     let ram = memory::ram(&memory, &options)?;
+    generation::write(&ram)?;
     let kernel = load(&ram, source, &config, &parts)?;
     let supported = parts
         .kvm
@@ -180,6 +182,7 @@ pub fn restore(
     if let Some(vsock) = &parts.devices.vsock {
         lock(vsock).transport_reset();
     }
+    parts.generation.renew(&memory)?;
     let tracks = memory.iter().any(|region| memory::written(region).is_tracking());
     let mut running = parts.finish(memory, vcpus, tracks)?;
     running._faults = faults;
@@ -261,6 +264,7 @@ struct Parts {
     serial: Option<Arc<Mutex<SerialPort>>>,
     power: Arc<PowerSwitch>,
     halt: Arc<HaltSwitch>,
+    generation: Generation,
 }
 
 impl Parts {
@@ -289,7 +293,8 @@ impl Parts {
         let mut devices = Devices::default();
         let root = add_virtio(&mut manager, &mut devices, memory, description, &mut handed)?;
         let root = add_memory(&mut manager, &mut devices, memory, description, &vm)?.or(root);
-        Ok(Parts { kvm, vm, manager, devices, root, serial, power, halt })
+        let generation = Generation::new(&mut manager)?;
+        Ok(Parts { kvm, vm, manager, devices, root, serial, power, halt, generation })
     }
 
     fn vm_state(&self, state: &VmState) -> Result<(), StartError> {
@@ -591,6 +596,10 @@ fn load(
         vcpus: config.vcpu_count,
         virtio: parts.manager.virtio.clone(),
         serial: parts.serial.is_some(),
+        generation_id: Some(GenerationId {
+            address: layout::GENERATION_ID,
+            gsi: layout::GENERATION_GSI,
+        }),
         ..Platform::default()
     };
     let rsdp = acpi::write(memory, &platform)?;
