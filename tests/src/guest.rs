@@ -5,12 +5,28 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// An initramfs with busybox, and this script as its first program.
-pub fn initramfs(folder: &Path, init: &str) -> PathBuf {
+/// What every first program does: mounts, drivers that the kernel has as modules, the console.
+const BEGIN: &str = r#"#!/bin/busybox sh
+b=/bin/busybox
+$b mkdir -p /proc /sys /dev /tmp
+$b mount -t proc proc /proc; $b mount -t sysfs sysfs /sys; $b mount -t devtmpfs dev /dev
+exec >/dev/console 2>&1 </dev/console
+for module in $($b cat /modules/load 2>/dev/null); do $b insmod /modules/$module; done
+"#;
+
+/// An initramfs with busybox and the kernel's modules, whose first program is this script. In it
+/// `$b` is busybox.
+pub fn initramfs(folder: &Path, script: &str) -> PathBuf {
     let tree = folder.join("tree");
     fs::create_dir_all(tree.join("bin")).unwrap();
     fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
-    fs::write(tree.join("init"), init).unwrap();
+    fs::write(tree.join("init"), format!("{BEGIN}{script}")).unwrap();
+    if let Ok(modules) = fs::read_dir(kernel().with_file_name("modules")) {
+        fs::create_dir(tree.join("modules")).unwrap();
+        for module in modules.flatten() {
+            fs::copy(module.path(), tree.join("modules").join(module.file_name())).unwrap();
+        }
+    }
     fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755)).unwrap();
     let pack = "find . | cpio --quiet -o -H newc >../initrd";
     let status = Command::new("sh").args(["-c", pack]).current_dir(&tree).status().unwrap();
