@@ -209,6 +209,11 @@ impl MmioTransport {
         self.status = state.status & !NEEDS_RESET;
         self.line.broken.store(state.status & NEEDS_RESET, Ordering::SeqCst);
         self.line.status.store(state.interrupt_status, Ordering::SeqCst);
+        if state.interrupt_status != 0 {
+            // It may have been on its way to a processor, and then no other state has it. One too
+            // many finds a driver that has acknowledged its cause.
+            self.line.raise(state.interrupt_status);
+        }
         self.device_features_page = state.device_features_page;
         self.driver_features_page = state.driver_features_page;
         self.driver_features = state.driver_features;

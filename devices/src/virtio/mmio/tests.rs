@@ -469,6 +469,22 @@ fn a_restored_device_goes_on_where_the_other_stood() {
     assert_eq!(device.activations[0].features, OFFERED);
 }
 
+/// It may be in no processor's state yet.
+#[test]
+fn an_interrupt_that_was_not_acknowledged_comes_again_when_restored() {
+    let mut guest = Guest::with_queues();
+    guest.status(RUNNING);
+    let quiet = guest.registers.save();
+    guest.registers.line.used_buffers(0);
+    let interrupted = guest.registers.save();
+    for (state, cause) in [(quiet, 0), (interrupted, VIRTIO_MMIO_INT_VRING)] {
+        let mut other = Guest::new();
+        other.registers.restore(state).unwrap();
+        assert_eq!(other.get(VIRTIO_MMIO_INTERRUPT_STATUS), cause);
+        assert_eq!(other.registers.interrupt_event().read().is_ok(), cause != 0);
+    }
+}
+
 #[test]
 fn a_device_that_did_not_run_does_not_run_when_restored() {
     let state = Guest::with_queues().registers.save();
