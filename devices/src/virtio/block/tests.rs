@@ -702,14 +702,16 @@ fn a_drive_that_is_dropped_waits_for_the_host() {
         for sector in 0..SECTORS as u64 {
             let at = test_driver::BUFFERS + 64 * sector;
             driver.write(at, &header(VIRTIO_BLK_T_WRITE_ZEROES, 0));
-            driver.write(at + 16, &[sector.to_le_bytes(), 1u64.to_le_bytes()].concat());
+            // One sector, and it may be given back: every file system can do that.
+            let count_and_flags = 1u64 | 1 << 32;
+            driver.write(at + 16, &[sector.to_le_bytes(), count_and_flags.to_le_bytes()].concat());
             driver.add(0, &[test_driver::readable(at, 32), test_driver::writable(at + 32, 1)]);
         }
         Block::process(&mut driver.device()).unwrap();
         assert_eq!(in_flight(&driver.device()), SECTORS);
         drop(driver);
         // It holds memory until then: what was begun is done, not called off.
-        assert_eq!(std::fs::read(file.path()).unwrap(), [0; SECTORS * 512]);
+        assert!(std::fs::read(file.path()).unwrap() == [0; SECTORS * 512]);
     }
 }
 
