@@ -259,7 +259,7 @@ impl Controller {
         if let Some(path) = change.path_on_host {
             let disk = Disk::open(&path, drive.is_read_only)
                 .map_err(|error| refused(format!("drive {id}: {error}")))?;
-            device.replace_disk(disk);
+            device.replace_disk(disk).map_err(|error| refused(format!("drive {id}: {error}")))?;
             drive.path_on_host = Some(path);
         }
         if let Some(limits) = change.rate_limiter {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
-use api_server::machine::{BootSource, CacheType, CpuConfig, Drive, MachineConfig};
+use api_server::machine::{BootSource, CacheType, CpuConfig, Drive, IoEngine, MachineConfig};
 use arch::acpi::{self, GenerationId, Platform};
 use arch::boot::{self, Entry, LoadedKernel};
 use arch::cpuid::{self, Topology};
@@ -21,7 +21,7 @@ use devices::legacy::power::{AcpiPower, I8042, PowerSwitch};
 use devices::legacy::serial::{SerialPort, SerialPortState};
 use devices::rate_limiter::RateLimiter;
 use devices::virtio::balloon::{Balloon, BalloonOptions};
-use devices::virtio::block::{Block, BlockOptions, Disk};
+use devices::virtio::block::{Block, BlockOptions, Disk, Engine};
 use devices::virtio::mem::{Mem, MemOptions};
 use devices::virtio::net::{Net, NetOptions, Tap};
 use devices::virtio::pmem::{self, Pmem, PmemFile};
@@ -209,6 +209,8 @@ impl Running {
 
     /// The state of a machine that stands still.
     pub fn save(&self, description: &ConfigFile) -> Result<MachineState, StartError> {
+        // First: it interrupts processors and writes memory.
+        self.slots.iter().for_each(|slot| lock(&slot.device).drain());
         let vcpus = vcpu::save_all(&self.vcpus)?;
         let devices = self.slots.iter().map(|slot| SavedDevice {
             name: slot.name.clone(),
@@ -403,7 +405,11 @@ fn add_virtio(
         let rate_limiter =
             limits::limiter(drive.rate_limiter.as_ref()).map_err(StartError::device(id))?;
         let flush = drive.cache_type == CacheType::Writeback;
-        let options = BlockOptions { id: id.clone(), flush, rate_limiter };
+        let engine = match drive.io_engine {
+            IoEngine::Sync => Engine::Sync,
+            IoEngine::Async => Engine::Async,
+        };
+        let options = BlockOptions { id: id.clone(), flush, rate_limiter, engine };
         let block = Block::new(options, disk).map_err(StartError::device(id))?;
         devices.drives.insert(id.clone(), manager.add_virtio(memory, id, block)?);
         if drive.is_root_device {

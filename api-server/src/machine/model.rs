@@ -169,13 +169,8 @@ impl Drive {
     pub fn check(&self) -> Result<&PathBuf, MachineError> {
         check_id("drive_id", &self.drive_id)?;
         let id = &self.drive_id;
-        for (given, field) in [
-            (self.socket.is_some(), "socket (vhost-user)"),
-            (self.io_engine == IoEngine::Async, "io_engine \"Async\""),
-        ] {
-            if given {
-                return refuse(&format!("drive {id}: {field} is not supported yet"));
-            }
+        if self.socket.is_some() {
+            return refuse(&format!("drive {id}: socket (vhost-user) is not supported yet"));
         }
         match &self.path_on_host {
             Some(path) => Ok(path),

@@ -54,13 +54,18 @@ pub struct ActivateError {
 ///    always on the event-loop thread and under the device's lock.
 /// 3. [`reset`] at any time, on a vCPU thread. When it returns, no request is in flight and the
 ///    device holds no queue, so nothing touches guest memory until the next `activate`.
+/// 4. [`drain`] on the event-loop thread, before [`queue_positions`] and [`save`]: those are only
+///    right while nothing is in flight.
 ///
 /// A device never panics, whatever the queues contain, and caps its work for one event (it signals
 /// its own eventfd to go on).
 ///
+/// [`drain`]: VirtioDevice::drain
 /// [`queue_events`]: VirtioDevice::queue_events
 /// [`activate`]: VirtioDevice::activate
+/// [`queue_positions`]: VirtioDevice::queue_positions
 /// [`reset`]: VirtioDevice::reset
+/// [`save`]: VirtioDevice::save
 pub trait VirtioDevice: MutEventSubscriber + Send {
     /// Virtio device type (virtio 1.2, 5).
     fn device_type(&self) -> u32;
@@ -86,6 +91,9 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
 
     /// Stops and forgets the driver. See the lifecycle above.
     fn reset(&mut self);
+
+    /// Finishes what is in flight, before a snapshot. New requests are not taken.
+    fn drain(&mut self) {}
 
     /// Where the device is in each of its queues, for a snapshot; nothing where it is not active.
     /// A chain that was taken and not returned counts as not taken.

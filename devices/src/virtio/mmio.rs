@@ -90,7 +90,13 @@ impl MmioTransport {
     /// Takes registers out of a snapshot, and starts the device if it ran. It has taken up its own
     /// state before.
     pub fn restore(&mut self, state: &NegotiationState) -> Result<(), RestoreError> {
-        self.negotiation.restore(state)
+        self.negotiation.restore(state)?;
+        if state.causes != 0 {
+            // It may have been on its way to a processor, and then no other state has it. One too
+            // many finds a driver that has acknowledged its cause.
+            let _ = self.line.event.write(1);
+        }
+        Ok(())
     }
 
     fn read_register(&mut self, offset: u32) -> u32 {

@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -167,15 +168,31 @@ impl<D: VirtioDevice + MutEventSubscriber> Driver<D> {
         head
     }
 
-    /// Lets the event loop run until nothing is left to do. A device that always has something to
-    /// do fails the test.
+    /// Lets the event loop run until nothing is left to do, nor in flight. A device that always has
+    /// something to do fails the test.
     pub fn run(&mut self) {
         for _ in 0..10_000 {
             if self.events.run_with_timeout(0).unwrap() == 0 {
-                return;
+                self.device().drain();
+                if self.events.run_with_timeout(0).unwrap() == 0 {
+                    return;
+                }
             }
         }
         panic!("the device does not come to rest");
+    }
+
+    /// Waits for events, until so many chains have come back.
+    pub fn wait(&mut self, queue: usize, count: usize) -> Vec<(u16, u32)> {
+        let mut came = Vec::new();
+        let begin = Instant::now();
+        while came.len() < count {
+            assert!(begin.elapsed() < Duration::from_secs(10), "{} came", came.len());
+            // May end for nothing: io_uring interrupts the thread whose requests complete.
+            self.events.run_with_timeout(1000).unwrap();
+            came.extend(self.used(queue));
+        }
+        came
     }
 
     /// Chains that came back since the last call: head and length written.

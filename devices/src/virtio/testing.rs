@@ -184,11 +184,15 @@ impl<D: VirtioDevice + 'static> Driver<D> {
         self.run();
     }
 
+    /// Lets the event loop run until nothing is left to do, nor in flight.
     pub fn run(&mut self) {
         // Bounded: a device that always finds more to do is a busy loop.
         for _ in 0..1000 {
             if self.events.run_with_timeout(0).unwrap() == 0 {
-                return;
+                self.device.lock().unwrap().drain();
+                if self.events.run_with_timeout(0).unwrap() == 0 {
+                    return;
+                }
             }
         }
         panic!("the device does not come to rest");

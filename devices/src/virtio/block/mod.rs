@@ -1,10 +1,11 @@
 //! virtio-blk (virtio 1.2, 5.2) on a raw file.
 //!
-//! Three parts: [`request`] says what a chain asks for, [`disk`] carries it out on the file, and
-//! [`Block`] is what the guest sees.
+//! Four parts: [`request`] says what a chain asks for, [`disk`] carries it out on the file, [`uring`]
+//! has the kernel do so meanwhile, and [`Block`] is what the guest sees.
 
 mod disk;
 mod request;
+mod uring;
 
 use std::time::Instant;
 
@@ -20,22 +21,35 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::EventFd;
 
 pub use disk::{Disk, DiskError};
-use request::{Refused, Request};
+use request::{Operation, Refused, Request};
+use uring::{Finished, Uring};
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
 use super::{ActivateError, Activation, DeviceState, QueuePosition, RestoreError, VirtioDevice};
+use crate::GuestMemory;
 use crate::rate_limiter::{BucketUpdate, RateLimiter};
 
 const QUEUE_SIZE: u16 = 256;
-/// Events: the queue's, and the limiter's timer.
+/// Events: the queue's, the limiter's timer, and what io_uring has completed.
 const QUEUE: u32 = 0;
 const TIMER: u32 = 1;
+const COMPLETED: u32 = 2;
 /// Most bytes moved for one event before other devices have their turn. One request is never split,
 /// so that the last one may go past this.
 const BYTES_PER_EVENT: usize = 16 << 20;
 /// Ranges in one discard or write-zeroes request, and sectors in one range, that we offer.
 const MAX_RANGES: u32 = 16;
 const MAX_RANGE_SECTORS: u32 = 1 << 21;
+
+/// How requests are carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// One after the other, on the event loop's thread.
+    #[default]
+    Sync,
+    /// Many at once, by io_uring. They complete in any order.
+    Async,
+}
 
 /// How a drive is presented.
 #[derive(Debug, Default)]
@@ -46,12 +60,15 @@ pub struct BlockOptions {
     pub flush: bool,
     /// Limits on bytes read, written and zeroed, and on requests of any kind.
     pub rate_limiter: RateLimiter,
+    /// How its requests are carried out.
+    pub engine: Engine,
 }
 
 /// A drive.
 pub struct Block {
     options: BlockOptions,
     disk: Disk,
+    uring: Option<Uring>,
     features: u64,
     config: Vec<u8>,
     event: [EventFd; 1],
@@ -60,7 +77,8 @@ pub struct Block {
 }
 
 impl Block {
-    /// A drive on this disk.
+    /// A drive on this disk. Fails where the host has no eventfd, or no io_uring to spare for
+    /// [`Engine::Async`].
     pub fn new(options: BlockOptions, disk: Disk) -> std::io::Result<Block> {
         let mut features = (1 << VIRTIO_F_VERSION_1)
             | (1 << VIRTIO_RING_F_EVENT_IDX)
@@ -77,17 +95,28 @@ impl Block {
         }
         let event = [EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?];
         let config = config_space(disk.sectors());
-        Ok(Block { options, disk, features, config, event, queue: None, chain: Chain::default() })
+        let uring = match options.engine {
+            Engine::Sync => None,
+            Engine::Async => Some(Uring::new(&disk)?),
+        };
+        let chain = Chain::default();
+        Ok(Block { options, disk, uring, features, config, event, queue: None, chain })
     }
 
     /// Puts another disk in, or the same one with another size, and tells the guest. It must be
-    /// writable or not as the first one was: the guest has been told.
-    pub fn replace_disk(&mut self, disk: Disk) {
+    /// writable or not as the first one was: the guest has been told. What is in flight is finished
+    /// on the old one, which stays where io_uring does not take the new one.
+    pub fn replace_disk(&mut self, disk: Disk) -> std::io::Result<()> {
+        self.drain();
+        if let Some(uring) = &mut self.uring {
+            uring.replace_file(&disk)?;
+        }
         self.config = config_space(disk.sectors());
         self.disk = disk;
         if let Some(queue) = &self.queue {
             queue.config_changed();
         }
+        Ok(())
     }
 
     /// Its limits, for a snapshot.
@@ -108,6 +137,28 @@ impl Block {
     }
 
     fn process(&mut self) -> Result<(), QueueError> {
+        // What has completed makes room for what is taken.
+        let result = self.complete().and_then(|()| self.take());
+        if let Some(uring) = &mut self.uring {
+            uring.submit();
+        }
+        result?;
+        self.queue.as_mut().map_or(Ok(()), DeviceQueue::signal)
+    }
+
+    /// Returns what io_uring has completed. Without a queue, nobody waits for it.
+    fn complete(&mut self) -> Result<(), QueueError> {
+        let Some(uring) = &mut self.uring else { return Ok(()) };
+        while let Some(finished) = uring.finished(&self.disk) {
+            if let Some(queue) = &mut self.queue {
+                finish(&self.options.id, queue, &finished)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes requests from the queue.
+    fn take(&mut self) -> Result<(), QueueError> {
         let Some(queue) = self.queue.as_mut() else { return Ok(()) };
         let limiter = &mut self.options.rate_limiter;
         if limiter.is_blocked() {
@@ -117,29 +168,56 @@ impl Block {
         let (mut budget, mut bytes) = (BUDGET, BYTES_PER_EVENT);
         loop {
             queue.disable_notifications()?;
-            while budget > 0 && bytes > 0 && queue.pop(&mut self.chain)? {
+            while budget > 0 && bytes > 0 {
+                if self.uring.as_ref().is_some_and(Uring::is_full) {
+                    // The next completion calls again.
+                    return Ok(());
+                }
+                if !queue.pop(&mut self.chain)? {
+                    break;
+                }
                 let request = Request::parse(queue.memory(), &self.chain);
                 if !limiter.allows(request.as_ref().map_or(0, Request::bytes), 1) {
                     // Without asking for notifications: there is more to do than is allowed.
                     queue.undo_pop();
-                    return queue.signal();
+                    return Ok(());
                 }
                 budget -= 1;
                 bytes = bytes.saturating_sub(self.chain.readable.len());
                 bytes = bytes.saturating_sub(self.chain.writable.len());
-                let written = serve(&self.options.id, &self.disk, queue, &self.chain, request);
-                queue.push(&self.chain, written)?;
+                match (&mut self.uring, request) {
+                    // Without room for a status nothing is done, and an id needs no file.
+                    (Some(uring), Ok(request))
+                        if request != Operation::GetId && !self.chain.writable.is_empty() =>
+                    {
+                        let chain = std::mem::take(&mut self.chain);
+                        if let Some(finished) = uring.start(&self.disk, chain, request) {
+                            finish(&self.options.id, queue, &finished)?;
+                        }
+                    }
+                    (_, request) => {
+                        let id = &self.options.id;
+                        let written = serve(id, &self.disk, queue, &self.chain, request);
+                        queue.push(&self.chain, written)?;
+                    }
+                }
             }
             if budget == 0 || bytes == 0 {
                 // The rest in the next round of the event loop.
                 let _ = self.event[0].write(1);
-                break;
+                return Ok(());
             }
             if !queue.enable_notifications()? {
-                break;
+                return Ok(());
             }
         }
-        queue.signal()
+    }
+
+    /// Stops the queue where its driver broke the rules. What is in flight completes for nobody.
+    fn check(&mut self, result: Result<(), QueueError>) {
+        if let Err(error) = result {
+            super::broken(&self.options.id, &mut self.queue, &error);
+        }
     }
 }
 
@@ -153,29 +231,48 @@ fn serve(
     request: Result<Request, Refused>,
 ) -> usize {
     let memory = queue.memory();
-    let Some(status_at) = chain.writable.len().checked_sub(1) else {
+    let status = match request {
         // Nowhere to put a status: the chain goes back untouched.
-        tracing::debug!(drive, "request without a status byte");
-        return 0;
-    };
-    let (status, written) = match request {
-        Ok(request) => match disk.run(&request, memory, chain, drive) {
-            Ok(written) => (VIRTIO_BLK_S_OK, written),
-            Err(error) => {
-                guest_warning!(drive, ?request, %error, "request failed");
-                (VIRTIO_BLK_S_IOERR, 0)
-            }
-        },
-        Err(Refused::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+        _ if chain.writable.is_empty() => {
+            tracing::debug!(drive, "request without a status byte");
+            return 0;
+        }
+        Ok(request) => status(drive, &request, disk.run(&request, memory, chain, drive)),
+        Err(Refused::Unsupported) => VIRTIO_BLK_S_UNSUPP,
         Err(Refused::Malformed(reason)) => {
             tracing::debug!(drive, reason, "malformed request");
-            (VIRTIO_BLK_S_IOERR, 0)
+            VIRTIO_BLK_S_IOERR
         }
     };
-    match chain.writable.write(memory, status_at, &[status as u8]) {
+    answer(drive, memory, chain, status)
+}
+
+/// Returns a request that is over.
+fn finish(drive: &str, queue: &mut DeviceQueue, finished: &Finished) -> Result<(), QueueError> {
+    let Finished { chain, request, error } = finished;
+    let result = error.as_ref().map_or(Ok(()), Err);
+    let written = answer(drive, queue.memory(), chain, status(drive, request, result));
+    queue.push(chain, written)
+}
+
+/// What the guest is told of a request that was carried out.
+fn status(drive: &str, request: &Request, result: Result<(), impl std::fmt::Display>) -> u32 {
+    match result {
+        Ok(()) => VIRTIO_BLK_S_OK,
+        Err(error) => {
+            guest_warning!(drive, ?request, %error, "request failed");
+            VIRTIO_BLK_S_IOERR
+        }
+    }
+}
+
+/// Writes a status at the chain's end; the number of bytes written to the guest.
+fn answer(drive: &str, memory: &GuestMemory, chain: &Chain, status: u32) -> usize {
+    let length = chain.writable.len();
+    match chain.writable.write(memory, length.saturating_sub(1), &[status as u8]) {
         // What lies between the data and the status was not written by us, but the length must
         // reach to the status.
-        Ok(_) => written.max(status_at) + 1,
+        Ok(_) => length,
         Err(error) => {
             guest_warning!(drive, %error, "status not written");
             0
@@ -225,6 +322,9 @@ impl VirtioDevice for Block {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        if let Some(uring) = &mut self.uring {
+            uring.begin(&activation.memory);
+        }
         let [queue] = super::take_queues(&self.options.id, activation)?;
         self.queue = Some(queue);
         // A notification may have come while the queue was not there yet.
@@ -234,6 +334,18 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.queue = None;
+        if let Some(uring) = &mut self.uring {
+            uring.stop();
+        }
+    }
+
+    fn drain(&mut self) {
+        while self.uring.as_mut().is_some_and(Uring::wait) {
+            let result = self.complete();
+            self.check(result);
+        }
+        let result = self.queue.as_mut().map_or(Ok(()), DeviceQueue::signal);
+        self.check(result);
     }
 
     fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
@@ -255,18 +367,24 @@ impl MutEventSubscriber for Block {
     fn init(&mut self, ops: &mut EventOps) {
         super::register(ops, &self.event[0], QUEUE, EventSet::IN);
         super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
+        if let Some(uring) = &self.uring {
+            super::register(ops, uring.completed(), COMPLETED, EventSet::IN);
+        }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
-        if events.data() == TIMER {
-            self.options.rate_limiter.timer_fired();
-        } else {
-            let _ = self.event[0].read();
+        match (events.data(), &self.uring) {
+            (TIMER, _) => self.options.rate_limiter.timer_fired(),
+            (COMPLETED, Some(uring)) => {
+                let _ = uring.completed().read();
+            }
+            _ => {
+                let _ = self.event[0].read();
+            }
         }
-        if let Err(error) = Block::process(self) {
-            super::broken(&self.options.id, &mut self.queue, &error);
-        }
+        let result = Block::process(self);
+        self.check(result);
     }
 }
 

@@ -202,3 +202,19 @@ fn a_snapshot_of_another_device_is_refused() {
     assert!(registers.restore(&state).is_err());
     assert_eq!(registers.offered(1), 1 << (VIRTIO_F_VERSION_1 - 32));
 }
+
+/// It may be in no processor's state yet.
+#[test]
+fn an_interrupt_that_was_not_acknowledged_comes_again_when_restored() {
+    let mut guest = Guest::<MmioTransport>::with_queues();
+    guest.status(RUNNING);
+    let quiet = guest.transport.save();
+    guest.device.lock().unwrap().activations[0].interrupt.used_buffers(0);
+    let interrupted = guest.transport.save();
+    for (state, cause) in [(quiet, 0), (interrupted, VIRTIO_MMIO_INT_VRING)] {
+        let mut other = Guest::<MmioTransport>::new().transport;
+        other.restore(&state).unwrap();
+        assert_eq!(get(&mut other, VIRTIO_MMIO_INTERRUPT_STATUS), cause);
+        assert_eq!(other.interrupt_event().read().is_ok(), cause != 0);
+    }
+}
