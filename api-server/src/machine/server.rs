@@ -53,7 +53,7 @@ pub fn serve(
                 Ok((stream, _)) => stream,
                 Err(error) => {
                     // No descriptor is left, say. Those who are served may free one.
-                    tracing::warn!(%error, "cannot accept a client of the API");
+                    telemetry::limited_warning!(%error, "cannot accept a client of the API");
                     tokio::task::yield_now().await;
                     continue;
                 }
@@ -116,7 +116,7 @@ async fn answer(
     let mut response = match answered.await {
         Ok(Ok(answer)) => success(answer),
         Ok(Err(error)) => {
-            tracing::warn!("API: {} {}: {error}", head.method, head.uri.path());
+            telemetry::limited_warning!("API: {} {}: {error}", head.method, head.uri.path());
             refusal(&error)
         }
         Err(_) => fault(StatusCode::INTERNAL_SERVER_ERROR, "the machine has ended"),

@@ -190,7 +190,7 @@ impl Host {
             };
             self.warned = false;
             if self.handshakes.len() >= MAX_HANDSHAKES || socket.set_nonblocking(true).is_err() {
-                tracing::warn!("vsock: a host program was refused: too many at once");
+                telemetry::limited_warning!("vsock: a host program was refused: too many at once");
                 continue;
             }
             let token = self.token();
