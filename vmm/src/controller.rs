@@ -15,16 +15,18 @@ use devices::virtio::balloon::Balloon;
 use devices::virtio::block::Disk;
 use std::sync::{Arc, Mutex};
 
+use crate::limits;
+use crate::logger::Log;
 use crate::machine::{self, Handed, Running, lock};
 use crate::memory::{self, MemoryOptions};
 use crate::snapshot::{MachineState, file, memory_file, userfault};
-use crate::{limits, logger};
 
 /// One machine, before and after its start.
 pub struct Controller {
     id: String,
     description: ConfigFile,
     handed: Handed,
+    log: Option<Log>,
     running: Option<Running>,
     paused: bool,
     /// The event loop has not taken up the machine yet.
@@ -46,10 +48,17 @@ impl Controller {
             id,
             description: ConfigFile::default(),
             handed,
+            log: None,
             running: None,
             paused: false,
             fresh: false,
         }
+    }
+
+    /// What `PUT /logger` configures; without one it is refused.
+    pub fn set_log(&mut self, log: Log) {
+        self.description.logger = Some(log.config().clone());
+        self.log = Some(log);
     }
 
     /// The machine, the first time that there is one to be served.
@@ -459,8 +468,10 @@ impl Machine for Controller {
                 ));
             }
             MachineRequest::PutLogger(config) => {
-                logger::init(&config).map_err(refused)?;
-                self.description.logger = Some(config);
+                let missing = || MachineError::new("There is no log to be configured.");
+                let log = self.log.as_mut().ok_or_else(missing)?;
+                log.configure(&config).map_err(refused)?;
+                self.description.logger = Some(log.config().clone());
             }
             MachineRequest::PutMetrics(_) | MachineRequest::FlushMetrics => {
                 not_yet("metrics")?;

@@ -9,6 +9,7 @@ mod limits;
 pub mod logger;
 mod machine;
 mod memory;
+mod output_file;
 pub mod snapshot;
 mod vcpu;
 

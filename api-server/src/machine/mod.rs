@@ -97,7 +97,7 @@ pub enum MachineRequest {
     PatchMmds(Value),
     /// `GET /mmds`, at any time
     GetMmds,
-    /// `PUT /logger`
+    /// `PUT /logger`, at any time
     PutLogger(Logger),
     /// `PUT /metrics`
     PutMetrics(Metrics),

@@ -8,13 +8,12 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
-use api_server::machine::{
-    Level, Logger, Machine, MachineError, MachineRequest, exit_status, server,
-};
+use api_server::machine::{Level, Logger, Machine, MachineError, exit_status, server};
 use clap::Parser;
 use vmm::Handed;
 use vmm::controller::Controller;
 use vmm::event_loop::{self, Calls};
+use vmm::logger::Log;
 use vmm::snapshot::file;
 
 /// Run one micro-VM.
@@ -113,6 +112,7 @@ fn failed(error: impl ToString) -> MachineError {
 }
 
 fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
+    let log = Log::init(&logger(&options)).map_err(failed)?;
     // Before any thread is made, so that all inherit it.
     vmm::event_loop::ending_signals()
         .thread_block()
@@ -120,7 +120,8 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
     let taps = options.tap_fd.iter().map(|text| tap(text)).collect::<Result<HashMap<_, _>, _>>()?;
     let handed = Handed { taps, boot_timer: options.boot_timer.then_some(started) };
     let mut machine = Controller::new(options.id.clone(), handed);
-    let mut config = match &options.config_file {
+    machine.set_log(log);
+    let config = match &options.config_file {
         None => ConfigFile::default(),
         Some(path) => {
             let named =
@@ -129,18 +130,12 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
             ConfigFile::parse(&text).map_err(|error| named(&error))?
         }
     };
-    // Where the API is served and nothing is said of messages, its client says it with PUT /logger.
-    if config.logger.is_some() || options.no_api || options.says_of_messages() {
-        config.logger = Some(logger(&options, config.logger.take().unwrap_or_default()));
-    }
     let calls = if options.no_api { None } else { Some(serve_api(&options)?) };
     if options.config_file.is_some() {
         for request in config.into_requests() {
             machine.handle(request)?;
         }
         tracing::info!("{}: started after {} us", options.id, started.elapsed().as_micros());
-    } else if let Some(logger) = config.logger {
-        machine.handle(MachineRequest::PutLogger(logger))?;
     }
     let status = event_loop::run(machine, calls).map_err(failed)?;
     if options.no_api {
@@ -174,15 +169,8 @@ fn serve_api(options: &Options) -> Result<Calls, MachineError> {
     Ok(calls)
 }
 
-impl Options {
-    fn says_of_messages(&self) -> bool {
-        let flags = self.show_level || self.show_log_origin;
-        self.log_path.is_some() || self.level.is_some() || self.module.is_some() || flags
-    }
-}
-
-/// What the file says of messages, and where it says nothing, what the command line does.
-fn logger(options: &Options, file: Logger) -> Logger {
+/// What the command line says of messages.
+fn logger(options: &Options) -> Logger {
     let level = options.level.map(|level| match level {
         LogLevel::Off => Level::Off,
         LogLevel::Error => Level::Error,
@@ -192,11 +180,11 @@ fn logger(options: &Options, file: Logger) -> Logger {
         LogLevel::Trace => Level::Trace,
     });
     Logger {
-        log_path: file.log_path.or_else(|| options.log_path.clone()),
-        level: file.level.or(level),
-        show_level: file.show_level || options.show_level,
-        show_log_origin: file.show_log_origin || options.show_log_origin,
-        module: file.module.or_else(|| options.module.clone()),
+        log_path: options.log_path.clone(),
+        level,
+        show_level: options.show_level.then_some(true),
+        show_log_origin: options.show_log_origin.then_some(true),
+        module: options.module.clone(),
     }
 }
 
