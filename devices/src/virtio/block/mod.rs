@@ -4,11 +4,13 @@
 //! [`Block`] is what the guest sees.
 
 mod disk;
+mod metrics;
 mod request;
 
 use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use telemetry::Readings;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
@@ -20,6 +22,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::EventFd;
 
 pub use disk::{Disk, DiskError};
+pub use metrics::BlockMetrics;
 use request::{Refused, Request};
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
@@ -57,6 +60,7 @@ pub struct Block {
     event: [EventFd; 1],
     queue: Option<DeviceQueue>,
     chain: Chain,
+    metrics: BlockMetrics,
 }
 
 impl Block {
@@ -77,7 +81,16 @@ impl Block {
         }
         let event = [EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?];
         let config = config_space(disk.sectors());
-        Ok(Block { options, disk, features, config, event, queue: None, chain: Chain::default() })
+        Ok(Block {
+            options,
+            disk,
+            features,
+            config,
+            event,
+            queue: None,
+            chain: Chain::default(),
+            metrics: BlockMetrics::default(),
+        })
     }
 
     /// Puts another disk in, or the same one with another size, and tells the guest. It must be
@@ -85,6 +98,7 @@ impl Block {
     pub fn replace_disk(&mut self, disk: Disk) {
         self.config = config_space(disk.sectors());
         self.disk = disk;
+        self.metrics.update_count += 1;
         if let Some(queue) = &self.queue {
             queue.config_changed();
         }
@@ -115,19 +129,22 @@ impl Block {
             return Ok(());
         }
         let (mut budget, mut bytes) = (BUDGET, BYTES_PER_EVENT);
+        let metrics = &mut self.metrics;
         loop {
             queue.disable_notifications()?;
             while budget > 0 && bytes > 0 && queue.pop(&mut self.chain)? {
                 let request = Request::parse(queue.memory(), &self.chain);
                 if !limiter.allows(request.as_ref().map_or(0, Request::bytes), 1) {
                     // Without asking for notifications: there is more to do than is allowed.
+                    self.metrics.rate_limiter_throttled_events += 1;
                     queue.undo_pop();
                     return queue.signal();
                 }
                 budget -= 1;
                 bytes = bytes.saturating_sub(self.chain.readable.len());
                 bytes = bytes.saturating_sub(self.chain.writable.len());
-                let written = serve(&self.options.id, &self.disk, queue, &self.chain, request);
+                let drive = Drive { id: &self.options.id, disk: &self.disk };
+                let written = serve(drive, queue, &self.chain, request, metrics);
                 queue.push(&self.chain, written)?;
             }
             if budget == 0 || bytes == 0 {
@@ -139,36 +156,54 @@ impl Block {
                 break;
             }
         }
+        metrics.no_avail_buffer += u64::from(budget == BUDGET);
         queue.signal()
     }
+}
+
+/// What a request is carried out on.
+#[derive(Clone, Copy)]
+struct Drive<'a> {
+    id: &'a str,
+    disk: &'a Disk,
 }
 
 /// Carries one request out and returns the number of bytes written to the guest, the status among
 /// them.
 fn serve(
-    drive: &str,
-    disk: &Disk,
+    drive: Drive<'_>,
     queue: &DeviceQueue,
     chain: &Chain,
     request: Result<Request, Refused>,
+    metrics: &mut BlockMetrics,
 ) -> usize {
+    let Drive { id: drive, disk } = drive;
     let memory = queue.memory();
     let Some(status_at) = chain.writable.len().checked_sub(1) else {
         // Nowhere to put a status: the chain goes back untouched.
         tracing::debug!(drive, "request without a status byte");
+        metrics.invalid_reqs_count += 1;
         return 0;
     };
     let (status, written) = match request {
         Ok(request) => match disk.run(&request, memory, chain, drive) {
-            Ok(written) => (VIRTIO_BLK_S_OK, written),
+            Ok(written) => {
+                metrics.done(&request);
+                (VIRTIO_BLK_S_OK, written)
+            }
             Err(error) => {
                 guest_warning!(drive, ?request, %error, "request failed");
+                metrics.execute_fails += 1;
                 (VIRTIO_BLK_S_IOERR, 0)
             }
         },
-        Err(Refused::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+        Err(Refused::Unsupported) => {
+            metrics.invalid_reqs_count += 1;
+            (VIRTIO_BLK_S_UNSUPP, 0)
+        }
         Err(Refused::Malformed(reason)) => {
             tracing::debug!(drive, reason, "malformed request");
+            metrics.invalid_reqs_count += 1;
             (VIRTIO_BLK_S_IOERR, 0)
         }
     };
@@ -225,7 +260,8 @@ impl VirtioDevice for Block {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let [queue] = super::take_queues(&self.options.id, activation)?;
+        let [queue] = super::take_queues(&self.options.id, activation)
+            .inspect_err(|_| self.metrics.activate_fails += 1)?;
         self.queue = Some(queue);
         // A notification may have come while the queue was not there yet.
         let _ = self.event[0].write(1);
@@ -238,6 +274,10 @@ impl VirtioDevice for Block {
 
     fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
         self.queue.iter().map(|queue| Some(queue.position(0))).collect()
+    }
+
+    fn metrics(&self) -> Option<Readings> {
+        Some(self.metrics.readings())
     }
 
     fn save(&self) -> DeviceState {
@@ -261,10 +301,13 @@ impl MutEventSubscriber for Block {
         super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
         if events.data() == TIMER {
             self.options.rate_limiter.timer_fired();
+            self.metrics.rate_limiter_event_count += 1;
         } else {
             let _ = self.event[0].read();
+            self.metrics.queue_event_count += 1;
         }
         if let Err(error) = Block::process(self) {
+            self.metrics.event_fails += 1;
             super::broken(&self.options.id, &mut self.queue, &error);
         }
     }
