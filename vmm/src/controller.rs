@@ -19,6 +19,7 @@ use crate::limits;
 use crate::logger::Log;
 use crate::machine::{self, Handed, Running, lock};
 use crate::memory::{self, MemoryOptions};
+use crate::metrics::{Collector, Sample};
 use crate::snapshot::{MachineState, file, memory_file, userfault};
 
 /// One machine, before and after its start.
@@ -27,6 +28,7 @@ pub struct Controller {
     description: ConfigFile,
     handed: Handed,
     log: Option<Log>,
+    metrics: Collector,
     running: Option<Running>,
     paused: bool,
     /// The event loop has not taken up the machine yet.
@@ -45,6 +47,7 @@ impl Controller {
     /// A machine of this name that nothing is known of yet.
     pub fn new(id: String, handed: Handed) -> Controller {
         Controller {
+            metrics: Collector::new(&id),
             id,
             description: ConfigFile::default(),
             handed,
@@ -59,6 +62,37 @@ impl Controller {
     pub fn set_log(&mut self, log: Log) {
         self.description.logger = Some(log.config().clone());
         self.log = Some(log);
+    }
+
+    /// What the process counts beside the machine.
+    pub fn metrics(&mut self) -> &mut Collector {
+        &mut self.metrics
+    }
+
+    /// Carries out a request of the API that was received then, and takes the time.
+    pub fn serve(
+        &mut self,
+        request: MachineRequest,
+        received: Instant,
+    ) -> Result<MachineAnswer, MachineError> {
+        let timing = self.metrics.begin(&request, received);
+        let answer = self.handle(request);
+        if let (Some(timing), Ok(_)) = (timing, &answer) {
+            self.metrics.end(&timing);
+        }
+        answer
+    }
+
+    /// Writes a line of metrics, if it is known where to.
+    pub fn write_metrics(&mut self) {
+        let counted = self.counted();
+        if let Err(error) = self.metrics.write(counted, self.log.as_ref()) {
+            telemetry::limited_warning!("{error}");
+        }
+    }
+
+    fn counted(&self) -> Vec<Sample> {
+        self.running.as_ref().map(Running::metrics).unwrap_or_default()
     }
 
     /// The machine, the first time that there is one to be served.
@@ -473,8 +507,20 @@ impl Machine for Controller {
                 log.configure(&config).map_err(refused)?;
                 self.description.logger = Some(log.config().clone());
             }
-            MachineRequest::PutMetrics(_) | MachineRequest::FlushMetrics => {
-                not_yet("metrics")?;
+            MachineRequest::PutMetrics(config) => {
+                if self.is_started() {
+                    return Err(MachineError::new(AFTER_START));
+                }
+                self.metrics.configure(&config).map_err(refused)?;
+                self.description.metrics = Some(config);
+            }
+            MachineRequest::FlushMetrics => {
+                let counted = self.running()?.metrics();
+                self.metrics.flush(counted, self.log.as_ref()).map_err(refused)?;
+            }
+            MachineRequest::GetMetrics => {
+                let text = self.metrics.text(self.counted(), self.log.as_ref());
+                return Ok(MachineAnswer::Text(text));
             }
             MachineRequest::PutMmds(_) | MachineRequest::PatchMmds(_) | MachineRequest::GetMmds => {
                 not_yet("mmds")?;
@@ -486,5 +532,41 @@ impl Machine for Controller {
             request => self.describe(request)?,
         }
         Ok(MachineAnswer::Done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use api_server::machine::{Logger, Metrics};
+
+    use super::*;
+
+    fn controller() -> Controller {
+        Controller::new("test".to_owned(), Handed::default())
+    }
+
+    #[test]
+    fn metrics_are_configured_once_and_read_at_any_time() {
+        let mut machine = controller();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let metrics_path = file.path().to_owned();
+        let config = Metrics { metrics_path, emit_id: false, properties: BTreeMap::new() };
+        assert!(matches!(machine.handle(MachineRequest::GetMetrics), Ok(MachineAnswer::Text(_))));
+        let refused = machine.handle(MachineRequest::FlushMetrics).unwrap_err();
+        assert_eq!(refused.message, BEFORE_START);
+        let put = MachineRequest::PutMetrics(config.clone());
+        assert_eq!(machine.handle(put.clone()), Ok(MachineAnswer::Done));
+        assert!(machine.handle(put).is_err());
+        assert_eq!(machine.description.metrics, Some(config));
+        machine.write_metrics();
+        assert_eq!(std::fs::read_to_string(file.path()).unwrap().lines().count(), 1);
+    }
+
+    #[test]
+    fn without_a_log_there_is_nothing_to_configure() {
+        let put = MachineRequest::PutLogger(Logger::default());
+        assert!(controller().handle(put).is_err());
     }
 }

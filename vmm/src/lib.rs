@@ -9,6 +9,7 @@ mod limits;
 pub mod logger;
 mod machine;
 mod memory;
+pub mod metrics;
 mod output_file;
 pub mod snapshot;
 mod vcpu;

@@ -1,14 +1,18 @@
 //! `vmrun-vmm`: one micro-VM, described by a Firecracker configuration file or over Firecracker's API.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
-use api_server::machine::{Level, Logger, Machine, MachineError, exit_status, server};
+use api_server::machine::requests::RequestMetrics;
+use api_server::machine::{
+    Level, Logger, Machine, MachineError, MachineRequest, Metrics, exit_status, server,
+};
 use clap::Parser;
 use vmm::Handed;
 use vmm::controller::Controller;
@@ -47,6 +51,9 @@ struct Options {
     /// Name the source file and line of each message
     #[arg(long)]
     show_log_origin: bool,
+    /// Write metrics to this file or FIFO
+    #[arg(long, value_name = "PATH")]
+    metrics_path: Option<PathBuf>,
     /// Log how long the guest takes to reach its user space, when it tells
     #[arg(long)]
     boot_timer: bool,
@@ -130,7 +137,14 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
             ConfigFile::parse(&text).map_err(|error| named(&error))?
         }
     };
-    let calls = if options.no_api { None } else { Some(serve_api(&options)?) };
+    if let Some(path) = &options.metrics_path {
+        let metrics_path = path.clone();
+        let metrics = Metrics { metrics_path, emit_id: false, properties: BTreeMap::new() };
+        machine.handle(MachineRequest::PutMetrics(metrics))?;
+    }
+    let requests = machine.metrics().requests.clone();
+    let calls = if options.no_api { None } else { Some(serve_api(&options, requests)?) };
+    machine.metrics().started(started);
     if options.config_file.is_some() {
         for request in config.into_requests() {
             machine.handle(request)?;
@@ -147,7 +161,10 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
 }
 
 /// Listens on the socket and serves it on a thread of its own.
-fn serve_api(options: &Options) -> Result<Calls, MachineError> {
+fn serve_api(
+    options: &Options,
+    metrics: Arc<Mutex<RequestMetrics>>,
+) -> Result<Calls, MachineError> {
     let path = &options.api_sock;
     let listener = UnixListener::bind(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::AddrInUse => failed(format!(
@@ -162,7 +179,8 @@ fn serve_api(options: &Options) -> Result<Calls, MachineError> {
     std::thread::Builder::new()
         .name("api".to_owned())
         .spawn(move || {
-            let Err(error) = server::serve(listener, limit, move |call| caller.submit(call));
+            let Err(error) =
+                server::serve(listener, limit, metrics, move |call| caller.submit(call));
             tracing::error!(%error, "the API is not served any more");
         })
         .map_err(failed)?;
