@@ -1,12 +1,27 @@
 //! ACPI tables of a platform without firmware (ACPI 6.5, 4.1 hardware-reduced).
 //!
-//! They exist because distribution kernels do not take virtio-mmio devices from the command line.
+//! They exist because distribution kernels do not take virtio-mmio devices from the command line, and
+//! because PCI without firmware's ports is only found through them.
+//!
+//! The namespace below `\\_SB_`:
+//!
+//! ```text
+//!  V000…   virtio-mmio devices
+//!  COM1    the serial port
+//!  MBRD    what is reserved: PCI's configuration space, which Linux does not use otherwise
+//!  PCI0    the PCI host bridge
+//!   S01_…    its slots, where there is hot-plug; _EJ0 gives one back
+//!   SCAN     reads the hot-plug registers and notifies slots
+//!  VGEN    the generation ID
+//!  GED_    the Generic Event Device, which calls SCAN and notifies VGEN
+//! ```
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
     EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
 };
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -33,6 +48,27 @@ pub struct VirtioMmio {
     pub gsi: u32,
 }
 
+/// A PCI host bridge to announce: bus 0, its configuration at [`layout::ECAM`], its memory at
+/// [`layout::PCI_MEMORY`] and above 4 GiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciHost {
+    /// Begin of its window above 4 GiB, by [`layout::pci_memory_64`].
+    pub memory_64: u64,
+    /// Interrupt of the hot-plug registers at [`layout::HOT_PLUG_PORT`]; none where nothing is ever
+    /// plugged into the running machine.
+    pub hot_plug_gsi: Option<u32>,
+}
+
+/// The generation ID (Microsoft, "Virtual Machine Generation ID"): 16 random bytes that are others in
+/// every machine made from one snapshot, so that the guest seeds its random numbers anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GenerationId {
+    /// Guest physical address of the 16 bytes: [`layout::GENERATION_ID`].
+    pub address: u64,
+    /// Interrupt that says that they are others now.
+    pub gsi: u32,
+}
+
 /// What the tables describe.
 #[derive(Clone, Debug, Default)]
 pub struct Platform {
@@ -42,6 +78,10 @@ pub struct Platform {
     pub virtio: Vec<VirtioMmio>,
     /// Whether there is a serial port.
     pub serial: bool,
+    /// The PCI bus, if there is one.
+    pub pci: Option<PciHost>,
+    /// The generation ID, if there is one.
+    pub generation_id: Option<GenerationId>,
 }
 
 /// Why the tables could not be written.
@@ -65,10 +105,15 @@ pub fn write(memory: &GuestMemory, platform: &Platform) -> Result<GuestAddress, 
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if platform.pci.is_some() {
+        let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
+        mcfg.add_ecam(layout::ECAM, 0, 0, 0);
+        xsdt.add_entry(tables.add(&mcfg));
+    }
     let xsdt = tables.add(&xsdt);
     let mut rsdp = Vec::new();
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
-    if tables.bytes.len() as u64 > layout::ACPI_SIZE {
+    if tables.bytes.len() as u64 > layout::GENERATION_ID - start {
         return Err(AcpiError::TooLarge(tables.bytes.len()));
     }
     memory.write_slice(&tables.bytes, GuestAddress(start))?;
@@ -139,6 +184,14 @@ fn dsdt(platform: &Platform) -> Sdt {
     if platform.serial {
         serial_port(&mut devices);
     }
+    if let Some(pci) = &platform.pci {
+        motherboard(pci, &mut devices);
+        pci_host(pci, &mut devices);
+    }
+    if let Some(generation_id) = &platform.generation_id {
+        generation_counter(generation_id, &mut devices);
+    }
+    event_device(platform, &mut devices);
     // The children are encoded already; a scope only adds its header around them.
     let devices = Raw(devices);
     aml::Scope::new("_SB_".into(), vec![&devices]).to_aml_bytes(&mut body);
@@ -210,6 +263,166 @@ fn serial_port(into: &mut Vec<u8>) {
     .to_aml_bytes(into);
 }
 
+/// Addresses that belong to no device. Linux only uses memory-mapped PCI configuration that is
+/// reserved here.
+fn motherboard(pci: &PciHost, into: &mut Vec<u8>) {
+    let ecam = aml::Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_SIZE as u32);
+    let port = layout::HOT_PLUG_PORT;
+    let registers = aml::IO::new(port, port, 0, layout::HOT_PLUG_SIZE);
+    let mut resources: Vec<&dyn Aml> = vec![&ecam];
+    if pci.hot_plug_gsi.is_some() {
+        resources.push(&registers);
+    }
+    aml::Device::new(
+        "MBRD".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0C02")),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(resources)),
+        ],
+    )
+    .to_aml_bytes(into);
+}
+
+/// The PCI host bridge (ACPI 6.5, 6.1.5 and 6.2; PCI Firmware 3.2, 4). Interrupts are MSI-X only, so
+/// that there is no routing table; no `_OSC`, so that hot-plug stays ACPI's.
+fn pci_host(pci: &PciHost, into: &mut Vec<u8>) {
+    let memory = layout::PCI_MEMORY as u32;
+    let memory_end = memory + (layout::PCI_MEMORY_SIZE - 1) as u32;
+    let memory_64_end = pci.memory_64.saturating_add(layout::PCI_MEMORY_64_SIZE - 1);
+    let uncached = aml::AddressSpaceCacheable::NotCacheable;
+    let mut hot_plug = Vec::new();
+    if pci.hot_plug_gsi.is_some() {
+        slots(&mut hot_plug);
+    }
+    aml::Device::new(
+        "PCI0".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0A08")),
+            &aml::Name::new("_CID".into(), &aml::EISAName::new("PNP0A03")),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new("_SEG".into(), &aml::ZERO),
+            &aml::Name::new("_BBN".into(), &aml::ZERO),
+            // Devices see memory as the processors do.
+            &aml::Name::new("_CCA".into(), &aml::ONE),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![
+                    &aml::AddressSpace::<u16>::new_bus_number(0, 0),
+                    &aml::AddressSpace::<u32>::new_memory(uncached, true, memory, memory_end, None),
+                    &aml::AddressSpace::<u64>::new_memory(
+                        uncached,
+                        true,
+                        pci.memory_64,
+                        memory_64_end,
+                        None,
+                    ),
+                ]),
+            ),
+            &Raw(hot_plug),
+        ],
+    )
+    .to_aml_bytes(into);
+}
+
+/// Slots that devices are plugged into and removed from, and what notifies them (ACPI 6.5, 5.6.6 and
+/// 6.3.3). Slot 0 is the host bridge's. The registers are described in `devices::pci::hotplug`.
+fn slots(into: &mut Vec<u8>) {
+    const DEVICE_CHECK: u8 = 1;
+    const EJECT_REQUEST: u8 = 3;
+    let (plugged, unplug) = (aml::Local(0), aml::Local(1));
+    let (port, size) = (layout::HOT_PLUG_PORT, layout::HOT_PLUG_SIZE);
+    aml::OpRegion::new("HPRG".into(), aml::OpRegionSpace::SystemIO, &port, &size)
+        .to_aml_bytes(into);
+    let register = |name: &[u8; 4]| aml::FieldEntry::Named(*name, 32);
+    aml::Field::new(
+        "HPRG".into(),
+        // Reading a register forgets what is in it: each is read once, and whole.
+        aml::FieldAccessType::DWord,
+        aml::FieldLockRule::NoLock,
+        aml::FieldUpdateRule::WriteAsZeroes,
+        vec![register(b"PLUG"), register(b"UNPL"), register(b"EJCT")],
+    )
+    .to_aml_bytes(into);
+
+    let mut scan = Vec::new();
+    aml::Store::new(&plugged, &aml::Path::new("PLUG")).to_aml_bytes(&mut scan);
+    aml::Store::new(&unplug, &aml::Path::new("UNPL")).to_aml_bytes(&mut scan);
+    for slot in 1..32u32 {
+        let bit = 1u32 << slot;
+        let name = format!("S{slot:02}_");
+        aml::Device::new(
+            name.as_str().into(),
+            vec![
+                &aml::Name::new("_ADR".into(), &(slot << 16)),
+                &aml::Name::new("_SUN".into(), &slot),
+                &aml::Method::new(
+                    "_EJ0".into(),
+                    1,
+                    true,
+                    vec![&aml::Store::new(&aml::Path::new("EJCT"), &bit)],
+                ),
+            ],
+        )
+        .to_aml_bytes(into);
+        for (slots, value) in [(&plugged, DEVICE_CHECK), (&unplug, EJECT_REQUEST)] {
+            // The result of the conjunction is stored nowhere, which a zero says.
+            aml::If::new(
+                &aml::And::new(&aml::ZERO, slots, &bit),
+                vec![&aml::Notify::new(&aml::Path::new(&name), &value)],
+            )
+            .to_aml_bytes(&mut scan);
+        }
+    }
+    aml::Method::new("SCAN".into(), 0, true, vec![&Raw(scan)]).to_aml_bytes(into);
+}
+
+fn generation_counter(generation_id: &GenerationId, into: &mut Vec<u8>) {
+    let (low, high) = (generation_id.address as u32, (generation_id.address >> 32) as u32);
+    aml::Device::new(
+        "VGEN".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"VMRN0001"),
+            // Drivers know it by this one, which the interpreter reads in capitals.
+            &aml::Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &aml::Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &aml::Name::new("ADDR".into(), &aml::Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(into);
+}
+
+/// The Generic Event Device (ACPI 6.5, 5.6.9): interrupts that mean something to other devices. It is
+/// given the interrupt's number.
+fn event_device(platform: &Platform, into: &mut Vec<u8>) {
+    const CHANGED: u8 = 0x80;
+    let (mut interrupts, mut events) = (Vec::new(), Vec::new());
+    let mut on = |gsi: u32, action: &dyn Aml| {
+        aml::Interrupt::new(true, true, false, false, gsi).to_aml_bytes(&mut interrupts);
+        aml::If::new(&aml::Equal::new(&aml::Arg(0), &gsi), vec![action]).to_aml_bytes(&mut events);
+    };
+    if let Some(gsi) = platform.pci.and_then(|pci| pci.hot_plug_gsi) {
+        on(gsi, &aml::MethodCall::new("\\_SB_.PCI0.SCAN".into(), vec![]));
+    }
+    if let Some(generation_id) = &platform.generation_id {
+        let device = aml::Path::new("\\_SB_.VGEN");
+        on(generation_id.gsi, &aml::Notify::new(&device, &CHANGED));
+    }
+    if events.is_empty() {
+        return;
+    }
+    aml::Device::new(
+        "GED_".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"ACPI0013"),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(vec![&Raw(interrupts)])),
+            &aml::Method::new("_EVT".into(), 1, true, vec![&Raw(events)]),
+        ],
+    )
+    .to_aml_bytes(into);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -234,7 +447,8 @@ mod tests {
     fn the_chain_from_rsdp_to_each_table_holds_and_sums_to_zero() {
         let virtio =
             (0..19).map(|n| VirtioMmio { address: 0xd000_0000 + n * 0x1000, gsi: 5 + n }).collect();
-        let bytes = tables(&Platform { vcpus: 32, virtio, serial: true });
+        let platform = Platform { vcpus: 32, virtio, serial: true, ..Platform::default() };
+        let bytes = tables(&platform);
         assert_eq!(&bytes[..8], b"RSD PTR ");
         let table = |address: u64| {
             let from = (address - layout::ACPI) as usize;
@@ -252,5 +466,91 @@ mod tests {
         let dsdt = table(u64_at(fadt, 140));
         let count = dsdt.windows(8).filter(|window| window == b"LNRO0005").count();
         assert_eq!((&dsdt[..4], count), (b"DSDT".as_slice(), 19));
+        assert!(!dsdt.windows(8).any(|window| window == b"ACPI0013"));
+    }
+
+    fn with_pci() -> Platform {
+        Platform {
+            vcpus: 1,
+            pci: Some(PciHost {
+                memory_64: layout::pci_memory_64(1 << 30),
+                hot_plug_gsi: Some(22),
+            }),
+            generation_id: Some(GenerationId { address: layout::GENERATION_ID, gsi: 23 }),
+            ..Platform::default()
+        }
+    }
+
+    #[test]
+    fn the_configuration_space_of_pci_is_announced_and_reserved() {
+        let bytes = tables(&with_pci());
+        let at = bytes.windows(4).position(|window| window == b"MCFG").unwrap();
+        let mcfg = &bytes[at..at + u32_at(&bytes, at + 4) as usize];
+        assert_eq!(mcfg.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        // One entry: address, segment, first and last bus.
+        assert_eq!((mcfg.len(), u64_at(mcfg, 44), u64_at(mcfg, 52)), (60, layout::ECAM, 0));
+        // The reserved range begins and ends where the announced one does.
+        let mut reserved = vec![0x86, 9, 0, 1];
+        reserved.extend((layout::ECAM as u32).to_le_bytes());
+        reserved.extend(0x10_0000u32.to_le_bytes());
+        assert!(bytes.windows(reserved.len()).any(|window| window == reserved));
+        // In the tables' space, the generation ID's page is not theirs.
+        assert_eq!(&bytes[(layout::GENERATION_ID - layout::ACPI) as usize..], [0; 0x1000]);
+    }
+
+    /// What ACPICA, the interpreter that Linux has, makes of the tables; nothing where its compiler is
+    /// not installed.
+    fn disassembly(platform: &Platform) -> Option<String> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut table = Vec::new();
+        dsdt(platform).to_aml_bytes(&mut table);
+        std::fs::write(folder.path().join("dsdt.aml"), table).unwrap();
+        let iasl = |arguments: &[&str]| {
+            std::process::Command::new("iasl").args(arguments).current_dir(&folder).output()
+        };
+        let output = match iasl(&["-d", "dsdt.aml"]) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+            output => output.unwrap(),
+        };
+        assert!(output.status.success(), "{output:?}");
+        // It takes its own words back, as it would not with a table that is broken.
+        let again = iasl(&["dsdt.dsl"]).unwrap();
+        assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stdout));
+        let text = std::fs::read_to_string(folder.path().join("dsdt.dsl")).unwrap();
+        Some(text.split_whitespace().collect::<Vec<_>>().join(" "))
+    }
+
+    #[test]
+    fn an_interpreter_finds_slots_and_events() {
+        let Some(text) = disassembly(&with_pci()) else { return };
+        for expected in [
+            "Name (_HID, EisaId (\"PNP0A08\") /* PCI Express Bus */)",
+            "Memory32Fixed (ReadWrite, 0xE0000000, // Address Base 0x00100000, // Address Length )",
+            "OperationRegion (HPRG, SystemIO, 0x0620, 0x0C)",
+            "Field (HPRG, DWordAcc, NoLock, WriteAsZeros) { PLUG, 32, UNPL, 32, EJCT, 32 }",
+            "Device (S31) { Name (_ADR, 0x001F0000) // _ADR: Address Name (_SUN, 0x1F)",
+            "{ EJCT = 0x80000000 }",
+            "Local0 = PLUG",
+            "Local1 = UNPL",
+            "If ((Local0 & 0x80000000)) { Notify (S31, One) // Device Check }",
+            "If ((Local1 & 0x02)) { Notify (S01, 0x03) // Eject Request }",
+            "If ((Arg0 == 0x16)) { \\_SB.PCI0.SCAN () }",
+            "If ((Arg0 == 0x17)) { Notify (\\_SB.VGEN, 0x80)",
+            "Name (ADDR, Package (0x02) { 0x000FF000, Zero })",
+        ] {
+            assert!(text.contains(expected), "{expected}\n{text}");
+        }
+    }
+
+    #[test]
+    fn without_hot_plug_there_are_no_slots_and_no_events() {
+        let pci = PciHost { memory_64: layout::PCI_MEMORY_64, hot_plug_gsi: None };
+        let platform = Platform { pci: Some(pci), ..Platform::default() };
+        let mut table = Vec::new();
+        dsdt(&platform).to_aml_bytes(&mut table);
+        for absent in [b"GED_", b"S01_", b"SCAN", b"HPRG"] {
+            assert!(!table.windows(4).any(|window| window == absent));
+        }
+        assert!(disassembly(&platform).is_none_or(|text| text.contains("Device (PCI0)")));
     }
 }

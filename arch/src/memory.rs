@@ -90,6 +90,14 @@ pub fn regions(size: u64) -> Vec<(GuestAddress, usize)> {
     regions
 }
 
+/// Where memory that is no RAM from the beginning may be, for RAM of `size` bytes: above it, and
+/// aligned for whatever unit a guest plugs memory in.
+pub fn above(size: u64) -> GuestAddress {
+    const ALIGNMENT: u64 = 1 << 30;
+    let end = layout::MMIO_HOLE_END + size.saturating_sub(layout::MMIO_HOLE);
+    GuestAddress(end.next_multiple_of(ALIGNMENT))
+}
+
 /// End of the RAM below the MMIO hole, for memory of `size` bytes.
 pub fn low_end(size: u64) -> u64 {
     size.min(layout::MMIO_HOLE)

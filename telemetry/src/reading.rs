@@ -61,6 +61,12 @@ macro_rules! metrics {
         }
 
         impl $name {
+            /// Adds the numbers of another.
+            #[allow(dead_code, reason = "not all are added up")]
+            $visibility fn add(&mut self, other: &$name) {
+                $(self.$field += other.$field;)+
+            }
+
             /// The numbers as they are now, with their names.
             $visibility fn readings(&self) -> $crate::Readings {
                 $crate::Readings {

@@ -7,10 +7,12 @@
     reason = "a test fails by panicking"
 )]
 
+mod api;
 mod faults;
 mod images;
 mod monitor;
 mod network;
 mod process;
 mod rootfs;
+mod snapshots;
 mod terminal;

@@ -2,11 +2,10 @@
 //! what it sees of its machine, and the ways it ends.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use e2e::{Finished, Running};
+use e2e::{Finished, Running, guest};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -43,14 +42,7 @@ struct Machine {
 impl Machine {
     fn new(kernel: &Path, what: &str) -> Machine {
         let folder = tempfile::tempdir().unwrap();
-        let tree = folder.path().join("tree");
-        fs::create_dir_all(tree.join("bin")).unwrap();
-        fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
-        fs::write(tree.join("init"), INIT).unwrap();
-        fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755)).unwrap();
-        let pack = "find . | cpio --quiet -o -H newc >../initrd";
-        let status = Command::new("sh").args(["-c", pack]).current_dir(&tree).status().unwrap();
-        assert!(status.success());
+        guest::initramfs(folder.path(), INIT);
         let boot_args = format!("console=ttyS0 reboot=k panic=-1 do={what}");
         Machine { folder, kernel: kernel.to_owned(), vcpus: 1, mib: 256, boot_args }
     }
@@ -77,13 +69,6 @@ impl Machine {
     }
 }
 
-/// An ELF kernel: what `vmrun kernel import` made of whichever it was given.
-fn elf() -> PathBuf {
-    let kernels = fs::read_dir(e2e::images::assets().join("root/kernels")).unwrap();
-    let mut found = kernels.filter_map(|entry| Some(entry.ok()?.path().join("vmlinux")));
-    found.find(|path| path.exists()).expect("no kernel was imported")
-}
-
 /// The value that the guest's init gave.
 #[track_caller]
 fn value(done: &Finished, name: &str) -> String {
@@ -94,7 +79,7 @@ fn value(done: &Finished, name: &str) -> String {
 
 #[test]
 fn a_guest_that_switches_itself_off_ends_with_0() {
-    let machine = Machine { mib: 128, ..Machine::new(&elf(), "poweroff") };
+    let machine = Machine { mib: 128, ..Machine::new(&guest::kernel(), "poweroff") };
     let done = machine.run().exits(0);
     assert!(done.out().contains("Linux version"), "{}", done.out());
     assert_eq!(value(&done, "cpus"), "1");
@@ -111,7 +96,7 @@ fn a_bzimage_boots_too() {
 
 #[test]
 fn thirty_two_processors_and_more_memory_than_fits_below_the_hole() {
-    let machine = Machine { vcpus: 32, mib: 5 << 10, ..Machine::new(&elf(), "reboot") };
+    let machine = Machine { vcpus: 32, mib: 5 << 10, ..Machine::new(&guest::kernel(), "reboot") };
     // Ended by the keyboard controller's reset.
     let done = machine.run().exits(10);
     assert_eq!((value(&done, "cpus"), value(&done, "cores")), ("32".into(), "32".into()));
@@ -124,10 +109,10 @@ fn thirty_two_processors_and_more_memory_than_fits_below_the_hole() {
 #[test]
 fn a_crash_is_told_from_a_reset() {
     // A triple fault is how this kernel resets.
-    let mut machine = Machine::new(&elf(), "reboot");
+    let mut machine = Machine::new(&guest::kernel(), "reboot");
     machine.boot_args += " reboot=t";
     machine.run().exits(11);
-    let mut machine = Machine::new(&elf(), "panic");
+    let mut machine = Machine::new(&guest::kernel(), "panic");
     machine.boot_args += " reboot=t";
     let done = machine.run().exits(11);
     assert!(done.out().contains("Kernel panic"), "{}", done.out());
@@ -135,7 +120,7 @@ fn a_crash_is_told_from_a_reset() {
 
 #[test]
 fn the_serial_port_takes_input_and_a_signal_ends_the_machine() {
-    let machine = Machine::new(&elf(), "echo");
+    let machine = Machine::new(&guest::kernel(), "echo");
     let mut running = machine.start();
     running.wait_for("ready\r\n");
     running.write(b"some words\n");
@@ -143,7 +128,7 @@ fn the_serial_port_takes_input_and_a_signal_ends_the_machine() {
     assert!(done.out().contains("got some words"), "{}", done.out());
 
     for (signal, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
-        let machine = Machine::new(&elf(), "wait");
+        let machine = Machine::new(&guest::kernel(), "wait");
         let mut running = machine.start();
         running.wait_for("waiting\r\n");
         running.signal(signal);

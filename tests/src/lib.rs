@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test harness fails by panicking")]
 
+pub mod api;
+pub mod guest;
 pub mod images;
 pub mod session;
 

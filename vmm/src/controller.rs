@@ -3,24 +3,26 @@
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{
     BackendType, HugePages, InstanceInfo, InstanceState, Machine, MachineAnswer, MachineConfig,
-    MachineError, MachineRequest, PartialDrive, PartialNetworkInterface, RestoredPages,
+    MachineError, MachineRequest, MmdsConfig, PartialDrive, PartialNetworkInterface, RestoredPages,
     SnapshotCreate, SnapshotLoad, SnapshotType,
 };
 use devices::virtio::balloon::Balloon;
 use devices::virtio::block::Disk;
-use std::sync::{Arc, Mutex};
+use devices::virtio::mem::{Mem, MemOptions};
+use mmds::Mmds;
 
-use crate::limits;
 use crate::logger::Log;
 use crate::machine::{self, Handed, Running, lock};
-use crate::memory::{self, MemoryOptions};
+use crate::memory;
 use crate::metrics::{Collector, Sample};
 use crate::snapshot::{MachineState, file, memory_file, userfault};
+use crate::{limits, metadata};
 
 /// One machine, before and after its start.
 pub struct Controller {
@@ -31,6 +33,9 @@ pub struct Controller {
     metrics: Collector,
     running: Option<Running>,
     paused: bool,
+    metadata: Option<Arc<Mutex<Mmds>>>,
+    /// Most bytes that the metadata service holds.
+    metadata_limit: usize,
     /// The event loop has not taken up the machine yet.
     fresh: bool,
 }
@@ -44,8 +49,9 @@ const AFTER_START: &str = "The requested operation is not supported after starti
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
 
 impl Controller {
-    /// A machine of this name that nothing is known of yet.
-    pub fn new(id: String, handed: Handed) -> Controller {
+    /// A machine of this name that nothing is known of yet. Its metadata service holds so many bytes
+    /// of JSON.
+    pub fn new(id: String, handed: Handed, metadata_limit: usize) -> Controller {
         Controller {
             metrics: Collector::new(&id),
             id,
@@ -54,6 +60,8 @@ impl Controller {
             log: None,
             running: None,
             paused: false,
+            metadata: None,
+            metadata_limit,
             fresh: false,
         }
     }
@@ -92,7 +100,10 @@ impl Controller {
     }
 
     fn counted(&self) -> Vec<Sample> {
-        self.running.as_ref().map(Running::metrics).unwrap_or_default()
+        let mut counted = self.running.as_ref().map(Running::metrics).unwrap_or_default();
+        let service = self.metadata.iter();
+        counted.extend(service.map(|service| lock(service).metrics().readings().into()));
+        counted
     }
 
     /// The machine, the first time that there is one to be served.
@@ -113,6 +124,32 @@ impl Controller {
     fn balloon(&self) -> Result<&Arc<Mutex<Balloon>>, MachineError> {
         let missing = || MachineError::new("Balloon device not configured.");
         self.running()?.devices.balloon.as_ref().ok_or_else(missing)
+    }
+
+    fn hotplug(&self) -> Result<&Arc<Mutex<Mem>>, MachineError> {
+        let missing = || MachineError::new("Memory hotplug is not configured.");
+        self.running()?.devices.hotplug.as_ref().ok_or_else(missing)
+    }
+
+    /// The metadata service, which is made when it is first spoken of.
+    fn metadata(&mut self) -> Result<Arc<Mutex<Mmds>>, MachineError> {
+        match &self.metadata {
+            Some(service) => Ok(service.clone()),
+            None => {
+                let service = metadata::service(self.metadata_limit)?;
+                Ok(self.metadata.insert(service).clone())
+            }
+        }
+    }
+
+    /// What the machine gets from outside its description.
+    fn hand_over(&mut self, metadata: Option<&MmdsConfig>) -> Result<Handed, MachineError> {
+        if let Some(config) = metadata {
+            let service = self.metadata()?;
+            lock(&service).configure(metadata::state(config)).map_err(refused)?;
+            self.handed.metadata = Some(service);
+        }
+        Ok(std::mem::take(&mut self.handed))
     }
 
     fn machine_config(&self) -> MachineConfig {
@@ -144,7 +181,8 @@ impl Controller {
                 readable(drive.check()?)?;
                 let others = description.drives.iter();
                 let mut others = others.filter(|other| other.drive_id != drive.drive_id);
-                if drive.is_root_device && others.any(|other| other.is_root_device) {
+                let pmem = description.pmem.iter().any(|pmem| pmem.root_device);
+                if drive.is_root_device && (pmem || others.any(|other| other.is_root_device)) {
                     return Err(MachineError::new("A root block device already exists!"));
                 }
                 replace(&mut description.drives, drive, |drive| &drive.drive_id);
@@ -181,14 +219,50 @@ impl Controller {
                         "a TAP was handed in for {name}, which is no interface"
                     )));
                 }
-                let handed = std::mem::take(&mut self.handed);
+                let config = self.description.mmds_config.clone();
+                let handed = self.hand_over(config.as_ref())?;
                 let running = machine::boot(&self.description, handed).map_err(refused)?;
                 self.started(running, false);
             }
             MachineRequest::LoadSnapshot(load) => self.load(&load)?,
-            MachineRequest::PutPmem(_) => return not_yet("pmem"),
-            MachineRequest::PutMemoryHotplug(_) => return not_yet("hotplug/memory"),
-            MachineRequest::PutMmdsConfig(_) => return not_yet("mmds/config"),
+            MachineRequest::PutPmem(pmem) => {
+                pmem.check()?;
+                readable(&pmem.path_on_host)?;
+                let drives = description.drives.iter().any(|drive| drive.is_root_device);
+                let mut others = description.pmem.iter().filter(|other| other.id != pmem.id);
+                if pmem.root_device && (drives || others.any(|other| other.root_device)) {
+                    return Err(MachineError::new(
+                        "Attempt to add pmem as a root device while the root device defined as a block device",
+                    ));
+                }
+                replace(&mut description.pmem, pmem, |pmem| &pmem.id);
+            }
+            MachineRequest::PutMemoryHotplug(config) => {
+                MemOptions {
+                    total_size_mib: config.total_size_mib,
+                    slot_size_mib: config.slot_size_mib,
+                    block_size_mib: config.block_size_mib,
+                }
+                .check()
+                .map_err(refused)?;
+                description.memory_hotplug = Some(config);
+            }
+            MachineRequest::PutMmdsConfig(config) => {
+                config.check()?;
+                let known = |id: &&String| {
+                    description.network_interfaces.iter().any(|other| other.iface_id == **id)
+                };
+                let unknown: Vec<_> =
+                    config.network_interfaces.iter().filter(|id| !known(id)).collect();
+                if !unknown.is_empty() {
+                    return Err(refused(format!(
+                        "The list of network interface IDs provided contains at least one ID that \
+                         does not correspond to any existing network interface: {unknown:?}"
+                    )));
+                }
+                lock(&*self.metadata()?).configure(metadata::state(&config)).map_err(refused)?;
+                self.description.mmds_config = Some(config);
+            }
             other => return Err(refused(format!("not a description: {other:?}"))),
         }
         Ok(())
@@ -331,11 +405,7 @@ impl Controller {
             RestoredPages::Explicit => HugePages::Explicit,
         };
         config.check()?;
-        let options = MemoryOptions {
-            mib: config.mem_size_mib,
-            pages: config.huge_pages,
-            track_dirty_pages: config.track_dirty_pages,
-        };
+        let options = machine::memory_options(&state.description);
         if options.pages == HugePages::Explicit {
             return Err(failed(&"2M pages cannot be restored yet; use None or Transparent"));
         }
@@ -357,7 +427,7 @@ impl Controller {
                 (memory, Some(faults))
             }
         };
-        let handed = std::mem::take(&mut self.handed);
+        let handed = self.hand_over(state.description.mmds_config.as_ref())?;
         let running = machine::restore(&state, memory, faults, handed, load.clock_realtime)
             .map_err(|error| failed(&error))?;
         if load.resume_vm {
@@ -515,19 +585,30 @@ impl Machine for Controller {
                 self.description.metrics = Some(config);
             }
             MachineRequest::FlushMetrics => {
-                let counted = self.running()?.metrics();
+                self.running()?;
+                let counted = self.counted();
                 self.metrics.flush(counted, self.log.as_ref()).map_err(refused)?;
             }
             MachineRequest::GetMetrics => {
                 let text = self.metrics.text(self.counted(), self.log.as_ref());
                 return Ok(MachineAnswer::Text(text));
             }
-            MachineRequest::PutMmds(_) | MachineRequest::PatchMmds(_) | MachineRequest::GetMmds => {
-                not_yet("mmds")?;
+            MachineRequest::PutMmds(contents) => {
+                lock(&*self.metadata()?).put(contents).map_err(refused)?;
             }
-            MachineRequest::PatchPmem(_) => not_yet("pmem")?,
-            MachineRequest::PatchMemoryHotplug(_) | MachineRequest::GetMemoryHotplug => {
-                not_yet("hotplug/memory")?;
+            MachineRequest::PatchMmds(patch) => {
+                lock(&*self.metadata()?).patch(&patch).map_err(refused)?;
+            }
+            MachineRequest::GetMmds => {
+                return Ok(MachineAnswer::Object(lock(&*self.metadata()?).get()));
+            }
+            MachineRequest::PatchPmem(_) => not_yet("a rate_limiter of pmem")?,
+            MachineRequest::PatchMemoryHotplug(update) => {
+                let requested = update.requested_size_mib;
+                lock(self.hotplug()?).set_requested_mib(requested).map_err(refused)?;
+            }
+            MachineRequest::GetMemoryHotplug => {
+                return MachineAnswer::object(&lock(self.hotplug()?).status());
             }
             request => self.describe(request)?,
         }
@@ -544,7 +625,7 @@ mod tests {
     use super::*;
 
     fn controller() -> Controller {
-        Controller::new("test".to_owned(), Handed::default())
+        Controller::new("test".to_owned(), Handed::default(), 1 << 16)
     }
 
     #[test]

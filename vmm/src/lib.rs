@@ -5,12 +5,15 @@ mod cpu_template;
 mod device_manager;
 mod error;
 pub mod event_loop;
+mod generation;
 mod limits;
 pub mod logger;
 mod machine;
 mod memory;
+mod metadata;
 pub mod metrics;
 mod output_file;
+mod slots;
 pub mod snapshot;
 mod vcpu;
 

@@ -179,8 +179,13 @@ mod tests {
 
     use super::*;
 
+    /// One test at a time: where one subscriber is all there are, tracing asks that of the thread
+    /// which changes a filter whether a message is wanted. A process has one for all its threads.
+    static TURN: Mutex<()> = Mutex::new(());
+
     /// What was written to a file while `act` ran.
     fn logged(config: Logger, act: impl FnOnce(&mut Log)) -> String {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let file = tempfile::NamedTempFile::new().unwrap();
         let config = Logger { log_path: Some(file.path().to_owned()), ..config };
         let (mut log, subscriber) = Log::new(&config).unwrap();
@@ -267,6 +272,7 @@ mod tests {
         let path = folder.path().join("fifo");
         nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
         let config = Logger { log_path: Some(path.clone()), ..change() };
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let (log, subscriber) = Log::new(&config).unwrap();
         tracing::subscriber::with_default(subscriber, || {
             tracing::info!("first");

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{BootSource, CacheType, CpuConfig, Drive, MachineConfig};
-use arch::acpi::{self, Platform};
+use arch::acpi::{self, GenerationId, Platform};
 use arch::boot::{self, Entry, LoadedKernel};
 use arch::cpuid::{self, Topology};
 use arch::{layout, registers};
@@ -23,23 +23,26 @@ use devices::legacy::serial::{SerialPort, SerialPortState};
 use devices::rate_limiter::RateLimiter;
 use devices::virtio::balloon::{Balloon, BalloonOptions};
 use devices::virtio::block::{Block, BlockOptions, Disk};
+use devices::virtio::mem::{Mem, MemOptions};
 use devices::virtio::net::{Net, NetOptions, Tap};
+use devices::virtio::pmem::{self, Pmem, PmemFile};
 use devices::virtio::rng::{Rng, RngOptions};
 use devices::virtio::vsock::Vsock as VsockDevice;
-use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, Msrs,
-    kvm_userspace_memory_region,
-};
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use mmds::Mmds;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::device_manager::{DeviceManager, Subscriber, VirtioSlot};
+use crate::generation::Generation;
 use crate::memory::MemoryOptions;
+use crate::metadata::Link;
 use crate::metrics::Sample;
+use crate::slots::HotplugSlots;
 use crate::snapshot::memory_file::DirtyPages;
 use crate::snapshot::{MachineState, SavedDevice, VmState, saved_msrs};
 use crate::vcpu::{Buses, HaltSwitch, Vcpu};
-use crate::{StartError, cpu_template, limits, memory, vcpu};
+use crate::{StartError, cpu_template, generation, limits, memory, slots, vcpu};
 
 /// Firecracker's command line for a kernel that is given none.
 const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux \
@@ -54,11 +57,13 @@ pub struct Handed {
     pub taps: HashMap<String, OwnedFd>,
     /// Tells how long the guest took to its user space.
     pub boot_timer: Option<Instant>,
+    /// The metadata service, where the description puts it on an interface.
+    pub metadata: Option<Arc<Mutex<Mmds>>>,
 }
 
 /// A machine whose processors run, or stand still.
 pub struct Running {
-    vm: VmFd,
+    vm: Arc<VmFd>,
     memory: GuestMemory,
     vcpus: Vec<Vcpu>,
     slots: Vec<VirtioSlot>,
@@ -88,20 +93,35 @@ pub struct Devices {
     pub interfaces: HashMap<String, Arc<Mutex<Net>>>,
     /// The balloon.
     pub balloon: Option<Arc<Mutex<Balloon>>>,
+    /// Memory that can be plugged in.
+    pub hotplug: Option<Arc<Mutex<Mem>>>,
+    hotplug_slots: Option<HotplugSlots>,
     vsock: Option<Arc<Mutex<VsockDevice>>>,
+}
+
+/// The memory that a machine of this description has.
+pub fn memory_options(description: &ConfigFile) -> MemoryOptions {
+    let config = description.machine_config.clone().unwrap_or_default();
+    let hotplug = description.memory_hotplug.as_ref();
+    MemoryOptions {
+        mib: config.mem_size_mib,
+        pages: config.huge_pages,
+        hotplug: hotplug.map_or(0, |hotplug| u64::from(hotplug.total_size_mib) << 20),
+        track_dirty_pages: config.track_dirty_pages,
+    }
 }
 
 /// Makes the machine and lets it run.
 pub fn boot(description: &ConfigFile, handed: Handed) -> Result<Running, StartError> {
     let source = description.boot_source.as_ref().ok_or(StartError::NoBootSource)?;
     let config = description.machine_config.clone().unwrap_or_default();
-    let memory = memory::create(&MemoryOptions {
-        mib: config.mem_size_mib,
-        pages: config.huge_pages,
-        track_dirty_pages: config.track_dirty_pages,
-    })?;
+    let options = memory_options(description);
+    let memory = memory::create(&options)?;
     let parts = Parts::assemble(description, &memory, handed, None)?;
-    let kernel = load(&memory, source, &config, &parts)?;
+    // The kernel finds the rest when it is plugged in.
+    let ram = memory::ram(&memory, &options)?;
+    generation::write(&ram)?;
+    let kernel = load(&ram, source, &config, &parts)?;
     let supported = parts
         .kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -160,11 +180,12 @@ pub fn restore(
         }
         let failed = || StartError::device::<devices::virtio::RestoreError>(slot.name.clone());
         lock(&slot.device).restore(saved.device.clone()).map_err(failed())?;
-        lock(&slot.registers).restore(saved.registers.clone()).map_err(failed())?;
+        lock(&slot.registers).restore(&saved.registers).map_err(failed())?;
     }
     if let Some(vsock) = &parts.devices.vsock {
         lock(vsock).transport_reset();
     }
+    parts.generation.renew(&memory)?;
     let tracks = memory.iter().any(|region| memory::written(region).is_tracking());
     let mut running = parts.finish(memory, vcpus, tracks)?;
     running._faults = faults;
@@ -234,10 +255,14 @@ impl Running {
         }
         let mut all = Vec::new();
         for (slot, region) in (0..).zip(self.memory.iter()) {
-            let mut pages = self
-                .vm
-                .get_dirty_log(slot, region.len() as usize)
-                .map_err(StartError::kvm("KVM_GET_DIRTY_LOG"))?;
+            let hotplug = self.devices.hotplug_slots.as_ref();
+            let mut pages = match hotplug.filter(|slots| slots.start() == region.start_addr()) {
+                Some(slots) => slots.take_dirty_pages()?,
+                None => self
+                    .vm
+                    .get_dirty_log(slot, region.len() as usize)
+                    .map_err(StartError::kvm("KVM_GET_DIRTY_LOG"))?,
+            };
             for (page, own) in pages.iter_mut().zip(memory::written(region).take()) {
                 *page |= own;
             }
@@ -250,13 +275,14 @@ impl Running {
 /// A machine before it has processors.
 struct Parts {
     kvm: Kvm,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     manager: DeviceManager,
     devices: Devices,
     root: Option<RootDevice>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     power: Arc<PowerSwitch>,
     halt: Arc<HaltSwitch>,
+    generation: Generation,
 }
 
 impl Parts {
@@ -268,7 +294,8 @@ impl Parts {
     ) -> Result<Parts, StartError> {
         let kvm = open_kvm()?;
         let vm = kvm.create_vm().map_err(StartError::kvm("KVM_CREATE_VM"))?;
-        set_memory_slots(&vm, memory)?;
+        let vm = Arc::new(vm);
+        slots::set_ram(&vm, &memory::ram(memory, &memory_options(description))?)?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(StartError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.set_tss_address(layout::KVM_TSS as usize)
@@ -282,8 +309,10 @@ impl Parts {
             manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(Some(since)))?;
         }
         let mut devices = Devices::default();
-        let root = add_virtio(&mut manager, &mut devices, memory, description, &mut handed.taps)?;
-        Ok(Parts { kvm, vm, manager, devices, root, serial, power, halt })
+        let root = add_virtio(&mut manager, &mut devices, memory, description, &mut handed)?;
+        let root = add_memory(&mut manager, &mut devices, memory, description, &vm)?.or(root);
+        let generation = Generation::new(&mut manager)?;
+        Ok(Parts { kvm, vm, manager, devices, root, serial, power, halt, generation })
     }
 
     fn vm_state(&self, state: &VmState) -> Result<(), StartError> {
@@ -335,25 +364,6 @@ fn open_kvm() -> Result<Kvm, StartError> {
     Ok(kvm)
 }
 
-fn set_memory_slots(vm: &VmFd, memory: &GuestMemory) -> Result<(), StartError> {
-    for (slot, region) in (0..).zip(memory.iter()) {
-        let tracked = memory::written(region).is_tracking();
-        let slot = kvm_userspace_memory_region {
-            slot,
-            flags: if tracked { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the range is a mapping of guest memory that lives as long as `memory`, which every
-        // vCPU's thread holds for the rest of the process (a machine need not have a device that
-        // would); slots do not overlap, and are not changed.
-        unsafe { vm.set_user_memory_region(slot) }
-            .map_err(StartError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
-    }
-    Ok(())
-}
-
 fn add_legacy(
     manager: &mut DeviceManager,
     description: &ConfigFile,
@@ -389,7 +399,7 @@ fn add_legacy(
 
 /// What the command line says of the root device.
 struct RootDevice {
-    partuuid: Option<String>,
+    name: String,
     read_only: bool,
 }
 
@@ -398,7 +408,7 @@ fn add_virtio(
     devices: &mut Devices,
     memory: &GuestMemory,
     description: &ConfigFile,
-    taps: &mut HashMap<String, OwnedFd>,
+    handed: &mut Handed,
 ) -> Result<Option<RootDevice>, StartError> {
     check_sharing(&description.drives)?;
     let mut root = None;
@@ -417,15 +427,16 @@ fn add_virtio(
         let block = Block::new(options, disk).map_err(StartError::device(id))?;
         devices.drives.insert(id.clone(), manager.add_virtio(memory, id, block)?);
         if drive.is_root_device {
-            let partuuid = drive.partuuid.clone();
-            root = Some(RootDevice { partuuid, read_only: drive.is_read_only });
+            let partition = drive.partuuid.as_ref().map(|id| format!("PARTUUID={id}"));
+            let name = partition.unwrap_or_else(|| "/dev/vda".to_owned());
+            root = Some(RootDevice { name, read_only: drive.is_read_only });
         }
     }
     for interface in &description.network_interfaces {
         let id = &interface.iface_id;
         let failed = || StartError::device::<std::io::Error>(format!("interface {id}"));
         let mac = interface.check().map_err(StartError::device(format!("interface {id}")))?;
-        let tap = match taps.remove(id) {
+        let tap = match handed.taps.remove(id) {
             Some(descriptor) => Tap::from_descriptor(descriptor),
             None => Tap::open(&interface.host_dev_name),
         };
@@ -440,7 +451,13 @@ fn add_virtio(
             tx_rate_limiter: limits::limiter(interface.tx_rate_limiter.as_ref())
                 .map_err(failed())?,
         };
-        let net = Net::new(options, tap).map_err(failed())?;
+        let mut net = Net::new(options, tap).map_err(failed())?;
+        if let (Some(config), Some(service)) = (&description.mmds_config, &handed.metadata)
+            && config.network_interfaces.contains(id)
+        {
+            let link = Link::new(config, service.clone())?;
+            net.set_responder(Box::new(link)).map_err(failed())?;
+        }
         devices.interfaces.insert(id.clone(), manager.add_virtio(memory, id, net)?);
     }
     if let Some(vsock) = &description.vsock {
@@ -474,6 +491,50 @@ fn add_virtio(
         let console = devices::virtio::console::Console::new(Box::new(output), CONSOLE_LIMIT)
             .map_err(StartError::device("console"))?;
         manager.add_virtio(memory, "console", console)?;
+    }
+    Ok(root)
+}
+
+/// Memory of a kind of its own: files as persistent memory, and what can be plugged in.
+fn add_memory(
+    manager: &mut DeviceManager,
+    devices: &mut Devices,
+    memory: &GuestMemory,
+    description: &ConfigFile,
+    vm: &Arc<VmFd>,
+) -> Result<Option<RootDevice>, StartError> {
+    let options = memory_options(description);
+    let start = arch::memory::above(options.bytes()?);
+    if let Some(config) = &description.memory_hotplug {
+        let options = MemOptions {
+            total_size_mib: config.total_size_mib,
+            slot_size_mib: config.slot_size_mib,
+            block_size_mib: config.block_size_mib,
+        };
+        let slots = HotplugSlots::new(vm.clone(), memory.clone(), start, options.clone());
+        let device = Mem::new(options, start, Box::new(slots.clone()))
+            .map_err(StartError::device("hotplug/memory"))?;
+        devices.hotplug = Some(manager.add_virtio(memory, "memory", device)?);
+        devices.hotplug_slots = Some(slots);
+    }
+    let mut root = None;
+    let mut address = GuestAddress((start.0 + options.hotplug).next_multiple_of(1 << 30));
+    for (number, config) in (0..).zip(&description.pmem) {
+        let id = &config.id;
+        let file = PmemFile::open(&config.path_on_host, config.read_only)
+            .map_err(StartError::device(format!("pmem {id}")))?;
+        let place = (file.host_address(), file.size());
+        // SAFETY: the device keeps the mapping, and is kept itself by the processors' bus, whose
+        // threads live as long as the process.
+        unsafe { slots::set_pmem(vm, number, address, place, config.read_only) }?;
+        let next = (address.0 + file.size()).next_multiple_of(pmem::ALIGNMENT);
+        let device = Pmem::new(id, file, address).map_err(StartError::device(id))?;
+        manager.add_virtio(memory, id, device)?;
+        if config.root_device {
+            let name = format!("/dev/pmem{number}");
+            root = Some(RootDevice { name, read_only: config.read_only });
+        }
+        address = GuestAddress(next);
     }
     Ok(root)
 }
@@ -548,15 +609,18 @@ fn load(
     };
     let mut command_line = source.boot_args.clone().unwrap_or_else(|| DEFAULT_BOOT_ARGS.to_owned());
     if let Some(root) = &parts.root {
-        let device =
-            root.partuuid.as_ref().map_or("/dev/vda".to_owned(), |id| format!("PARTUUID={id}"));
         let mode = if root.read_only { "ro" } else { "rw" };
-        command_line += &format!(" root={device} {mode}");
+        command_line += &format!(" root={} {mode}", root.name);
     }
     let platform = Platform {
         vcpus: config.vcpu_count,
         virtio: parts.manager.virtio.clone(),
         serial: parts.serial.is_some(),
+        generation_id: Some(GenerationId {
+            address: layout::GENERATION_ID,
+            gsi: layout::GENERATION_GSI,
+        }),
+        ..Platform::default()
     };
     let rsdp = acpi::write(memory, &platform)?;
     boot::write_parameters(memory, &kernel, initramfs, &command_line, rsdp)

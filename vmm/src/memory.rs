@@ -20,12 +20,14 @@ pub struct MemoryOptions {
     pub mib: usize,
     /// Its pages.
     pub pages: HugePages,
+    /// Bytes that can be plugged in, above the rest.
+    pub hotplug: u64,
     /// Whether to record what the monitor writes; KVM records the rest.
     pub track_dirty_pages: bool,
 }
 
 impl MemoryOptions {
-    /// Its size in bytes.
+    /// Bytes of RAM.
     pub fn bytes(&self) -> Result<u64, StartError> {
         (self.mib as u64)
             .checked_mul(1 << 20)
@@ -43,17 +45,17 @@ impl MemoryOptions {
 /// Pages of 4 KiB, and those of hugetlbfs, are a memfd's: a file's pages can be filled without
 /// mapping them. The host's transparent huge pages are for anonymous memory.
 pub fn create(options: &MemoryOptions) -> Result<GuestMemory, StartError> {
-    let size = options.bytes()?;
+    let size = options.bytes()? + options.hotplug;
     let shared = libc::MAP_SHARED | libc::MAP_NORESERVE;
     match options.pages {
         HugePages::None => {
             let file = memfd(options, size, MFdFlags::empty())?;
-            map(options, size, shared, Some(&file))
+            map(options, shared, Some(&file))
         }
         HugePages::Explicit => {
             let file = memfd(options, size, MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB)?;
             // Pages that are not there now would be a SIGBUS later.
-            map(options, size, libc::MAP_SHARED, Some(&file))
+            map(options, libc::MAP_SHARED, Some(&file))
         }
         HugePages::Transparent => {
             let memory = anonymous(options)?;
@@ -66,24 +68,35 @@ pub fn create(options: &MemoryOptions) -> Result<GuestMemory, StartError> {
 /// Anonymous memory, all of it still to be touched.
 pub fn anonymous(options: &MemoryOptions) -> Result<GuestMemory, StartError> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    map(options, options.bytes()?, flags, None)
+    map(options, flags, None)
 }
 
 /// Memory that begins as what is in a file, read as far as it is touched, and never written back.
 /// The file must not become shorter while the machine lives.
 pub fn from_file(options: &MemoryOptions, file: File) -> Result<GuestMemory, StartError> {
-    let size = options.bytes()?;
+    let size = options.bytes()? + options.hotplug;
     let length = file.metadata().map_err(|error| options.failed(error))?.len();
     if length != size {
         let reason = format!("the memory file has {length} bytes, the machine {size}");
         return Err(options.failed(reason));
     }
     let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-    let memory = map(options, size, flags, Some(&Arc::new(file)))?;
+    let memory = map(options, flags, Some(&Arc::new(file)))?;
     if options.pages == HugePages::Transparent {
         advise_huge(options, &memory)?;
     }
     Ok(memory)
+}
+
+/// Memory without the part that is plugged in later.
+pub fn ram(memory: &GuestMemory, options: &MemoryOptions) -> Result<GuestMemory, StartError> {
+    if options.hotplug == 0 {
+        return Ok(memory.clone());
+    }
+    let start = arch::memory::above(options.bytes()?);
+    let (ram, _) =
+        memory.remove_region(start, options.hotplug).map_err(|error| options.failed(error))?;
+    Ok(ram)
 }
 
 /// The record of what the monitor wrote to this piece of memory.
@@ -110,7 +123,6 @@ fn memfd(options: &MemoryOptions, size: u64, more: MFdFlags) -> Result<Arc<File>
 /// Maps the pieces of memory one after the other from a file, or without one.
 fn map(
     options: &MemoryOptions,
-    size: u64,
     flags: i32,
     file: Option<&Arc<File>>,
 ) -> Result<GuestMemory, StartError> {
@@ -131,7 +143,12 @@ fn map(
         let mapping = builder.build().map_err(|error| options.failed(error))?;
         GuestRegion::new(mapping, start).ok_or_else(|| options.failed("addresses overflow"))
     };
-    let regions = arch::memory::regions(size).into_iter().map(region).collect::<Result<_, _>>()?;
+    let size = options.bytes()?;
+    let mut places = arch::memory::regions(size);
+    if options.hotplug > 0 {
+        places.push((arch::memory::above(size), options.hotplug as usize));
+    }
+    let regions = places.into_iter().map(region).collect::<Result<_, _>>()?;
     GuestMemory::from_regions(regions).map_err(|error| options.failed(error))
 }
 
@@ -154,7 +171,7 @@ mod tests {
     use super::*;
 
     fn options(mib: usize) -> MemoryOptions {
-        MemoryOptions { mib, pages: HugePages::None, track_dirty_pages: false }
+        MemoryOptions { mib, pages: HugePages::None, hotplug: 0, track_dirty_pages: false }
     }
 
     #[test]

@@ -56,7 +56,7 @@ fn run_with(code: &[u8], more: &str) -> Option<i32> {
         r#"{{"boot-source": {{"kernel_image_path": {:?}}}, "console": {{"serial": false}} {more}}}"#,
         kernel.path()
     );
-    let mut machine = Controller::new("test".to_owned(), Handed::default());
+    let mut machine = Controller::new("test".to_owned(), Handed::default(), 1024);
     for request in ConfigFile::parse(config.as_bytes()).unwrap().into_requests() {
         assert_eq!(machine.handle(request).unwrap(), MachineAnswer::Done);
     }

@@ -86,6 +86,16 @@ pub struct Pmem {
     pub rate_limiter: Option<RateLimiter>,
 }
 
+impl Pmem {
+    /// Refuses what is not carried out yet.
+    pub fn check(&self) -> Result<(), MachineError> {
+        match self.rate_limiter {
+            Some(_) => Err(MachineError::new("pmem: rate_limiter is not supported yet")),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Memory that can be plugged in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

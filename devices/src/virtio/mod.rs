@@ -6,7 +6,9 @@ pub mod console;
 mod device;
 pub mod mem;
 pub mod mmio;
+pub mod negotiation;
 pub mod net;
+pub mod pci;
 pub mod pmem;
 pub mod queue;
 pub mod rng;
@@ -15,6 +17,8 @@ mod state;
 mod test_driver;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod transport_rules;
 mod vectored;
 pub mod vsock;
 

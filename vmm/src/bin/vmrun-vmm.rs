@@ -60,6 +60,12 @@ struct Options {
     /// Most bytes of a request's body
     #[arg(long, value_name = "BYTES", default_value_t = server::DEFAULT_PAYLOAD_LIMIT)]
     http_api_max_payload_size: usize,
+    /// Put the JSON object in this file into the metadata service
+    #[arg(long, value_name = "PATH")]
+    metadata: Option<PathBuf>,
+    /// Most bytes that the metadata service holds [default: --http-api-max-payload-size]
+    #[arg(long, value_name = "BYTES")]
+    mmds_size_limit: Option<usize>,
     /// Print the version of a snapshot's state file and end
     #[arg(long, value_name = "PATH")]
     describe_snapshot: Option<PathBuf>,
@@ -125,9 +131,17 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
         .thread_block()
         .map_err(|error| failed(format!("cannot block signals: {error}")))?;
     let taps = options.tap_fd.iter().map(|text| tap(text)).collect::<Result<HashMap<_, _>, _>>()?;
-    let handed = Handed { taps, boot_timer: options.boot_timer.then_some(started) };
-    let mut machine = Controller::new(options.id.clone(), handed);
+    let boot_timer = options.boot_timer.then_some(started);
+    let handed = Handed { taps, boot_timer, ..Handed::default() };
+    let limit = options.mmds_size_limit.unwrap_or(options.http_api_max_payload_size);
+    let mut machine = Controller::new(options.id.clone(), handed, limit);
     machine.set_log(log);
+    if let Some(path) = &options.metadata {
+        let named = |error: &dyn std::fmt::Display| failed(format!("{}: {error}", path.display()));
+        let text = std::fs::read(path).map_err(|error| named(&error))?;
+        let contents = serde_json::from_slice(&text).map_err(|error| named(&error))?;
+        machine.handle(MachineRequest::PutMmds(contents)).map_err(|error| named(&error))?;
+    }
     let config = match &options.config_file {
         None => ConfigFile::default(),
         Some(path) => {

@@ -13,6 +13,7 @@ use devices::virtio::net::NetMetrics;
 use devices::virtio::pmem::PmemMetrics;
 use devices::virtio::rng::RngMetrics;
 use devices::virtio::vsock::VsockMetrics;
+use mmds::MmdsMetrics;
 use serde::Serialize;
 use telemetry::{Kind, Readings};
 
@@ -29,12 +30,13 @@ pub type Groups = BTreeMap<String, BTreeMap<&'static str, u64>>;
 const SEVERAL: [&str; 3] = ["block", "net", "pmem"];
 
 /// Groups that each line has, whether there is such a device or not.
-pub fn always() -> [Readings; 10] {
+pub fn always() -> [Readings; 11] {
     [
         BalloonMetrics::default().readings(),
         BlockMetrics::default().readings(),
         I8042Metrics::default().readings(),
         MemMetrics::default().readings(),
+        MmdsMetrics::default().readings(),
         NetMetrics::default().readings(),
         PmemMetrics::default().readings(),
         RngMetrics::default().readings(),

@@ -185,7 +185,7 @@ mod tests {
     use crate::memory::{self, MemoryOptions};
 
     const OPTIONS: MemoryOptions =
-        MemoryOptions { mib: 4, pages: HugePages::None, track_dirty_pages: true };
+        MemoryOptions { mib: 4, pages: HugePages::None, hotplug: 0, track_dirty_pages: true };
 
     fn load(path: &Path) -> GuestMemory {
         memory::from_file(&OPTIONS, File::open(path).unwrap()).unwrap()

@@ -11,7 +11,7 @@ mod vcpu_state;
 use api_server::machine::config_file::ConfigFile;
 use devices::legacy::serial::SerialPortState;
 use devices::virtio::DeviceState;
-use devices::virtio::mmio::MmioState;
+use devices::virtio::negotiation::NegotiationState;
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     kvm_clock_data, kvm_irqchip,
@@ -44,7 +44,7 @@ pub struct SavedDevice {
     /// Its name, to find it again.
     pub name: String,
     /// Its registers.
-    pub registers: MmioState,
+    pub registers: NegotiationState,
     /// What it knows beside them.
     pub device: DeviceState,
 }

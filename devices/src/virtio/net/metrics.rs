@@ -31,9 +31,9 @@ telemetry::metrics! {
         tap_read_fails,
         /// Writes to the TAP that failed.
         tap_write_fails,
-        /// Bytes of frames that the guest has sent.
+        /// Bytes of frames that the guest has sent by the TAP.
         tx_bytes_count,
-        /// Frames that the guest has sent.
+        /// Frames that the guest has sent by the TAP.
         tx_packets_count,
         /// Frames of the guest that make no sense.
         tx_malformed_frames,

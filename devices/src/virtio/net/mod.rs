@@ -10,6 +10,7 @@
 
 mod header;
 mod metrics;
+mod responder;
 mod room;
 mod tap;
 #[cfg(test)]
@@ -40,6 +41,8 @@ use super::{
 use crate::rate_limiter::{BucketUpdate, RateLimiter};
 use header::{ETHERNET, LENGTH, MAX_FRAME, SPOOFED};
 pub use metrics::NetMetrics;
+use responder::Answers;
+pub use responder::Responder;
 use room::Room;
 pub use tap::{Backend, Tap};
 
@@ -50,6 +53,7 @@ const TX: usize = 1;
 const TAP: u32 = 2;
 const RX_TIMER: u32 = 3;
 const TX_TIMER: u32 = 4;
+const ANSWERS_TIMER: u32 = 5;
 /// Bytes of the largest frame with its header.
 const LARGEST: usize = LENGTH + MAX_FRAME;
 
@@ -83,6 +87,7 @@ pub struct Net<B = Tap> {
     /// A frame that waits for more buffers, or until the limiter allows it.
     held: Option<Held>,
     mergeable: bool,
+    answers: Option<Answers>,
     events: [EventFd; 2],
     queues: Option<[DeviceQueue; 2]>,
     chain: Chain,
@@ -141,12 +146,20 @@ impl<B: Backend> Net<B> {
             incoming: vec![0; LARGEST],
             held: None,
             mergeable: false,
+            answers: None,
             events: [event()?, event()?],
             queues: None,
             chain: Chain::default(),
             config,
             metrics: NetMetrics::default(),
         })
+    }
+
+    /// Puts somebody on the link who answers some of the guest's frames. To be called before the
+    /// interface is added to an event loop. Fails where no timer can be made.
+    pub fn set_responder(&mut self, responder: Box<dyn Responder>) -> io::Result<()> {
+        self.answers = Some(Answers::new(responder)?);
+        Ok(())
     }
 
     /// Limits on what the guest receives, for a snapshot.
@@ -203,8 +216,9 @@ impl<B: Backend> Net<B> {
                     return queue.signal();
                 }
                 budget -= 1;
-                match send(&self.tap, queue, &self.chain, self.options.mac) {
-                    Ok(()) => {
+                match send(&self.tap, queue, &self.chain, self.options.mac, &mut self.answers) {
+                    Ok(false) => {}
+                    Ok(true) => {
                         metrics.tx_count += 1;
                         metrics.tx_packets_count += 1;
                         metrics.tx_bytes_count += frame_bytes(self.chain.readable.len());
@@ -233,6 +247,10 @@ impl<B: Backend> Net<B> {
             }
         }
         metrics.no_tx_avail_buffer += u64::from(budget == BUDGET);
+        if self.answers.is_some() {
+            // There may be an answer.
+            let _ = self.events[RX].write(1);
+        }
         queue.signal()
     }
 
@@ -265,6 +283,8 @@ impl<B: Backend> Net<B> {
             }
             let Held { length, in_place } = if let Some(held) = self.held.take() {
                 held
+            } else if let Some(length) = answer(&mut self.answers, &mut self.incoming) {
+                Held { length, in_place: false }
             } else if !self.readable {
                 return queue.signal();
             } else {
@@ -318,24 +338,46 @@ fn frame_bytes(length: usize) -> u64 {
     length.saturating_sub(LENGTH) as u64
 }
 
+/// An answer from within the monitor: a frame of so many bytes with its header.
+fn answer(answers: &mut Option<Answers>, incoming: &mut [u8]) -> Option<usize> {
+    let (header, frame) = incoming.split_at_mut_checked(LENGTH)?;
+    let length = answers.as_mut()?.transmit(frame)?;
+    // Nothing is left for the guest to do. The number of buffers is filled in later.
+    header.fill(0);
+    Some(LENGTH + length)
+}
+
 /// Sends one frame: its headers from a copy that was judged, the rest from where the guest put it.
+/// False where the monitor itself is whom it is for.
 fn send(
     tap: &impl Backend,
     queue: &DeviceQueue,
     chain: &Chain,
     mac: Option<[u8; 6]>,
-) -> Result<(), Dropped> {
+    answers: &mut Option<Answers>,
+) -> Result<bool, Dropped> {
     let buffers = &chain.readable;
     let mut head = [0; LENGTH + ETHERNET];
     let count = buffers.read(queue.memory(), 0, &mut head).map_err(Dropped::Memory)?;
     if let Some(fault) = header::fault(&head[..count], buffers.len(), mac) {
         return Err(Dropped::Fault(fault));
     }
+    if let Some(answers) = answers {
+        let mut head = [0; responder::HEAD];
+        let count = buffers.read(queue.memory(), LENGTH, &mut head).map_err(Dropped::Memory)?;
+        if answers.wants(&head[..count]) {
+            let length = (buffers.len() - LENGTH).min(MAX_FRAME);
+            answers.receive(length, |frame| {
+                buffers.read(queue.memory(), LENGTH, frame).map(drop).map_err(io::Error::other)
+            });
+            return Ok(false);
+        }
+    }
     loop {
         let rest = head.len()..buffers.len();
         match vectored::write(tap, &head, queue.memory(), buffers, rest) {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            done => return done.map(drop).map_err(Dropped::Tap),
+            done => return done.map(|_| true).map_err(Dropped::Tap),
         }
     }
 }
@@ -467,6 +509,9 @@ impl<B: Backend> MutEventSubscriber for Net<B> {
         super::register(ops, &self.events[TX], TX as u32, EventSet::IN);
         super::register(ops, &self.tap.as_fd(), TAP, EventSet::IN | EventSet::EDGE_TRIGGERED);
         self.register_timers(ops);
+        if let Some(answers) = &self.answers {
+            super::register(ops, &answers.timer(), ANSWERS_TIMER, EventSet::IN);
+        }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -486,6 +531,12 @@ impl<B: Backend> MutEventSubscriber for Net<B> {
                 self.options.tx_rate_limiter.timer_fired();
                 self.metrics.tx_rate_limiter_event_count += 1;
                 self.transmit()
+            }
+            ANSWERS_TIMER => {
+                if let Some(answers) = &mut self.answers {
+                    answers.timer_fired();
+                }
+                self.receive()
             }
             queue => {
                 let queue = (queue as usize).min(TX);

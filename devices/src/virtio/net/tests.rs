@@ -519,3 +519,62 @@ fn an_interface_may_be_limited_while_the_guest_runs() {
         driver.send(RX, &[writable(BUFFERS, 2000)]);
     }
 }
+
+/// Answers frames whose first byte is 0xff with the same bytes backwards; the second one later.
+struct Echo {
+    answers: Vec<Vec<u8>>,
+    late: Option<Vec<u8>>,
+    polls: u32,
+}
+
+impl Responder for Echo {
+    fn wants(&self, head: &[u8]) -> bool {
+        head[..6] == [0xff; 6]
+    }
+    fn receive(&mut self, frame: &[u8]) {
+        self.late = Some(frame.iter().rev().copied().collect());
+    }
+    fn poll(&mut self) -> Option<Duration> {
+        self.polls += 1;
+        // Not at once: only its timer brings it out.
+        if self.polls > 1 {
+            self.answers.extend(self.late.take());
+        }
+        self.late.is_some().then_some(Duration::from_millis(1))
+    }
+    fn transmit(&mut self, buffer: &mut [u8]) -> Option<usize> {
+        let answer = self.answers.pop()?;
+        buffer[..answer.len()].copy_from_slice(&answer);
+        Some(answer.len())
+    }
+}
+
+#[test]
+fn a_responder_takes_its_frames_and_its_answers_come_when_it_has_them() {
+    let (host, ours) = wire();
+    let options = NetOptions { id: "eth0".into(), mac: Some(MAC), ..NetOptions::default() };
+    let mut net = Net::new(options, Wire(ours)).unwrap();
+    net.set_responder(Box::new(Echo { answers: Vec::new(), late: None, polls: 0 })).unwrap();
+    let mut driver = Driver::new(net);
+    driver.activate(MERGEABLE, 64);
+    let (asked, mut other) = (frame(60), frame(60));
+    other[LENGTH..LENGTH + 6].fill(2);
+    driver.write(BUFFERS, &asked);
+    driver.write(BUFFERS + 4096, &other);
+    driver.send(RX, &[writable(BUFFERS + 8192, 70_000)]);
+    driver.send(TX, &[readable(BUFFERS, asked.len() as u32)]);
+    driver.send(TX, &[readable(BUFFERS + 4096, other.len() as u32)]);
+    // Only the other frame is on the wire.
+    assert_eq!(arrived(&host), Some(other));
+    assert_eq!(arrived(&host), None);
+    let answer: Vec<u8> = asked[LENGTH..].iter().rev().copied().collect();
+    for _ in 0..1000 {
+        std::thread::sleep(Duration::from_millis(1));
+        driver.run();
+        if driver.used(RX).len() == 1 {
+            assert_eq!(driver.read(BUFFERS + 8192 + LENGTH as u64, answer.len()), answer);
+            return;
+        }
+    }
+    panic!("no answer came");
+}

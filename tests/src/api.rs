@@ -1,0 +1,78 @@
+//! `vmrun-vmm` under its API, by way of a real HTTP client.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::Running;
+
+/// A monitor and its API socket.
+pub struct Vmm {
+    /// The process.
+    pub process: Running,
+    socket: PathBuf,
+}
+
+/// An answer: status code and body.
+pub type Answer = (u16, Value);
+
+impl Vmm {
+    /// Starts one that nothing is known of yet, and waits for its socket.
+    pub fn start(socket: &Path, arguments: &[&str]) -> Vmm {
+        let mut command = Command::new("vmrun-vmm");
+        command.arg("--api-sock").arg(socket).args(arguments);
+        let process = Running::start(command.stdin(Stdio::null()));
+        let since = Instant::now();
+        while !socket.exists() {
+            assert!(since.elapsed() < Duration::from_secs(60), "no API socket");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Vmm { process, socket: socket.to_owned() }
+    }
+
+    /// What the API answers to a request; an empty body is none.
+    pub fn ask(&self, method: &str, path: &str, body: &str) -> Answer {
+        let mut curl = Command::new("curl");
+        curl.args(["--silent", "--show-error", "--max-time", "100", "--unix-socket"])
+            .arg(&self.socket)
+            .args(["-X", method, "-w", "\n%{http_code}"])
+            .arg(format!("http://localhost{path}"));
+        if !body.is_empty() {
+            curl.args(["--data", body]);
+        }
+        let output = curl.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let (body, code) = text.rsplit_once('\n').unwrap_or_else(|| {
+            panic!("{method} {path}: {}", String::from_utf8_lossy(&output.stderr))
+        });
+        let body = if body.is_empty() { Value::Null } else { serde_json::from_str(body).unwrap() };
+        (code.parse().unwrap(), body)
+    }
+
+    /// Asks for what must be done.
+    #[track_caller]
+    pub fn done(&self, method: &str, path: &str, body: &Value) {
+        let text = if body.is_null() { String::new() } else { body.to_string() };
+        let answer = self.ask(method, path, &text);
+        assert_eq!(answer, (204, Value::Null), "{method} {path} {body}");
+    }
+
+    /// Asks for what must be refused, with a message that contains `why`.
+    #[track_caller]
+    pub fn refused(&self, method: &str, path: &str, body: &str, why: &str) {
+        let (code, answer) = self.ask(method, path, body);
+        let message = answer["fault_message"].as_str().unwrap_or_default();
+        assert_eq!(code, 400, "{method} {path} {body}: {answer}");
+        assert!(message.contains(why), "{method} {path} {body}: {message:?}, not {why:?}");
+    }
+
+    /// What the API tells of.
+    #[track_caller]
+    pub fn told(&self, path: &str) -> Value {
+        let (code, answer) = self.ask("GET", path, "");
+        assert_eq!(code, 200, "GET {path}: {answer}");
+        answer
+    }
+}
