@@ -240,3 +240,20 @@ fn no_two_numbers_have_one_name() {
     let numbers: usize = samples.iter().map(|sample| sample.readings.readings.len()).sum();
     assert_eq!(parse(&prometheus::text(&samples)).len(), numbers);
 }
+
+#[test]
+fn the_documentation_has_every_number() {
+    let text = include_str!("../../../docs/metrics.md");
+    let own = Collector::new("machine").own(None);
+    let all = line::always().into_iter().chain(own.into_iter().map(|sample| sample.readings));
+    let mut count = 0;
+    for Readings { group, readings, .. } in all {
+        for reading in readings {
+            let row = format!("| `{group}.{}` | ", reading.name);
+            assert!(text.contains(&row), "{row}");
+            count += 1;
+        }
+    }
+    let rows = text.lines().filter(|line| line.contains(" | yes |") || line.contains(" | no |"));
+    assert_eq!(rows.count() + text.matches(" | older versions |").count(), count);
+}
