@@ -3,12 +3,18 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use telemetry::Readings;
+
 /// Answers accesses to a range of addresses.
 pub trait BusDevice: Send {
     /// The guest reads `data.len()` bytes (1, 2, 4 or 8) at `offset` into the range.
     fn read(&mut self, offset: u64, data: &mut [u8]);
     /// The guest writes `data` at `offset` into the range.
     fn write(&mut self, offset: u64, data: &[u8]);
+    /// What the device has counted since it was made. Reading changes nothing.
+    fn metrics(&self) -> Option<Readings> {
+        None
+    }
 }
 
 /// Two devices would answer at one address.
@@ -44,6 +50,13 @@ impl Bus {
         }
         self.devices.insert(start, (size, device));
         Ok(())
+    }
+
+    /// What the devices have counted.
+    pub fn metrics(&self) -> impl Iterator<Item = Readings> {
+        self.devices.values().filter_map(|(_, device)| {
+            device.lock().unwrap_or_else(PoisonError::into_inner).metrics()
+        })
     }
 
     fn find(&self, address: u64, length: usize) -> Option<(u64, &Mutex<dyn BusDevice>)> {

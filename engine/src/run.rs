@@ -394,7 +394,8 @@ impl Foreground<'_> {
             })
             .collect();
         let level = if self.options.debug { Level::Debug } else { Level::Warning };
-        config.logger = Some(Logger { level: Some(level), show_level: true, ..Default::default() });
+        config.logger =
+            Some(Logger { level: Some(level), show_level: Some(true), ..Default::default() });
         config
     }
 

@@ -6,12 +6,14 @@
 //! and the time is passed in, counted from any fixed point, the same for all calls.
 
 mod http;
+mod metrics;
 mod service;
 mod stack;
 mod store;
 mod token;
 
 pub use http::MAX_REQUEST;
+pub use metrics::MmdsMetrics;
 pub use service::{AddressError, DEFAULT_ADDRESS, Mmds, MmdsState, MmdsVersion, check_address};
 pub use stack::{HEAD, IDLE_TIMEOUT, MAX_CONNECTIONS, MAX_FRAME, Stack, StackConfig, StackError};
 pub use store::{DEFAULT_SIZE_LIMIT, StoreError};

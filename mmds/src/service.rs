@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::http::{Request, Response, Status};
+use crate::metrics::MmdsMetrics;
 use crate::store::{Format, Store, StoreError};
 use crate::token::{TokenAuthority, TokenError};
 
@@ -69,13 +70,15 @@ pub struct Mmds {
     state: MmdsState,
     store: Store,
     tokens: TokenAuthority,
+    pub(crate) metrics: MmdsMetrics,
 }
 
 impl Mmds {
     /// A service without contents, for so many bytes of JSON. Also after a snapshot was restored:
     /// there are no contents then, and tokens from before are void.
     pub fn new(state: MmdsState, size_limit: usize) -> Result<Mmds, TokenError> {
-        Ok(Mmds { state, store: Store::new(size_limit), tokens: TokenAuthority::new()? })
+        let (store, tokens) = (Store::new(size_limit), TokenAuthority::new()?);
+        Ok(Mmds { state, store, tokens, metrics: MmdsMetrics::default() })
     }
 
     /// Changes version, address and format; contents and tokens stay. Interfaces have an address of
@@ -107,8 +110,14 @@ impl Mmds {
         self.store.get()
     }
 
+    /// What was done, on all interfaces.
+    pub fn metrics(&self) -> MmdsMetrics {
+        self.metrics
+    }
+
     /// Answers a request of the guest.
     pub(crate) fn respond(&mut self, request: &Request<'_>, now: Duration) -> Response {
+        self.metrics.rx_count += 1;
         let is_get = request.method == "GET";
         if !is_get && request.method != "PUT" {
             return Response::text(Status::MethodNotAllowed, "Not allowed HTTP method.")
@@ -122,12 +131,16 @@ impl Mmds {
         if is_get { self.read(request, now) } else { self.new_token(request, now) }
     }
 
-    fn read(&self, request: &Request<'_>, now: Duration) -> Response {
+    fn read(&mut self, request: &Request<'_>, now: Duration) -> Response {
         if self.state.version == MmdsVersion::V2 {
             match request.token {
                 Some(token) if self.tokens.is_valid(token, now) => {}
-                Some(_) => return Response::text(Status::Unauthorized, "MMDS token not valid."),
+                Some(_) => {
+                    self.metrics.rx_invalid_token += 1;
+                    return Response::text(Status::Unauthorized, "MMDS token not valid.");
+                }
                 None => {
+                    self.metrics.rx_no_token += 1;
                     let reason = "No MMDS token provided. Use `X-metadata-token` or \
                                   `X-aws-ec2-metadata-token` header to specify the session token.";
                     return Response::text(Status::Unauthorized, reason);

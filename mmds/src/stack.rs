@@ -30,6 +30,7 @@ use smoltcp::wire::{
 };
 
 use crate::http;
+use crate::metrics::MmdsMetrics;
 use crate::service::{AddressError, DEFAULT_ADDRESS, Mmds, check_address};
 use link::Link;
 
@@ -91,6 +92,8 @@ pub struct Stack {
     link: Link,
     connections: Vec<Connection>,
     deadline: Option<Duration>,
+    /// What the service does not know of yet.
+    metrics: MmdsMetrics,
 }
 
 /// A connection, or the one that is to be.
@@ -128,6 +131,7 @@ impl Stack {
             link,
             connections: Vec::new(),
             deadline: None,
+            metrics: MmdsMetrics::default(),
         })
     }
 
@@ -149,6 +153,7 @@ impl Stack {
         if !self.wants(frame) {
             return;
         }
+        self.metrics.rx_accepted += 1;
         let Ok(ethernet) = EthernetFrame::new_checked(frame) else { return };
         if ethernet.ethertype() == EthernetProtocol::Arp {
             self.link.push(frame.to_vec());
@@ -191,6 +196,8 @@ impl Stack {
         let frame = self.link.pop()?;
         let length = frame.len().min(buffer.len());
         buffer[..length].copy_from_slice(&frame[..length]);
+        self.metrics.tx_frames += 1;
+        self.metrics.tx_bytes += length as u64;
         Some(length)
     }
 
@@ -211,7 +218,10 @@ impl Stack {
             let ingress =
                 self.interface.poll_ingress_single(time, &mut self.link, &mut self.sockets);
             for connection in &mut self.connections {
+                let listened = connection.is_listening();
                 connection.serve(self.sockets.get_mut(connection.handle), now, mmds);
+                let opened = listened && !connection.is_listening();
+                self.metrics.connections_created += u64::from(opened);
             }
             while self.interface.poll_egress(time, &mut self.link, &mut self.sockets)
                 != PollResult::None
@@ -231,6 +241,7 @@ impl Stack {
             at.map(|at| Duration::from_micros(u64::try_from(at.total_micros()).unwrap_or(0)))
         };
         self.deadline = [idle, timers].into_iter().flatten().min();
+        mmds.metrics.add(&std::mem::take(&mut self.metrics));
     }
 
     /// When [`poll`](Stack::poll) is to be called, if nothing happens before: a time counted as its
@@ -250,6 +261,7 @@ impl Stack {
             let done = self.connections.iter().position(|old| old.seen.0 == State::TimeWait);
             let Some(done) = done else { return };
             self.sockets.remove(self.connections.swap_remove(done).handle);
+            self.metrics.connections_destroyed += 1;
         }
         let buffer = |size| SocketBuffer::new(vec![0; size]);
         let mut socket = Socket::new(buffer(RECEIVE_BUFFER), buffer(SEND_BUFFER));
@@ -266,10 +278,11 @@ impl Stack {
 
     /// Forgets connections that are closed.
     fn forget_closed(&mut self, now: Duration) {
-        let sockets = &mut self.sockets;
+        let (sockets, metrics) = (&mut self.sockets, &mut self.metrics);
         let mut is_listened = false;
         self.connections.retain_mut(|connection| {
             let socket = sockets.get_mut(connection.handle);
+            let was_open = !connection.is_listening();
             connection.look(socket, now);
             let is_over = match connection.seen.0 {
                 // A reset that is not sent for long will never be.
@@ -281,6 +294,8 @@ impl Stack {
             if is_over {
                 sockets.remove(connection.handle);
             }
+            let ended = was_open && (is_over || connection.is_listening());
+            metrics.connections_destroyed += u64::from(ended);
             !is_over
         });
     }

@@ -17,16 +17,20 @@ use devices::virtio::block::Disk;
 use devices::virtio::mem::{Mem, MemOptions};
 use mmds::Mmds;
 
+use crate::logger::Log;
 use crate::machine::{self, Handed, Running, lock};
 use crate::memory;
+use crate::metrics::{Collector, Sample};
 use crate::snapshot::{MachineState, file, memory_file, userfault};
-use crate::{limits, logger, metadata};
+use crate::{limits, metadata};
 
 /// One machine, before and after its start.
 pub struct Controller {
     id: String,
     description: ConfigFile,
     handed: Handed,
+    log: Option<Log>,
+    metrics: Collector,
     running: Option<Running>,
     paused: bool,
     metadata: Option<Arc<Mutex<Mmds>>>,
@@ -49,15 +53,57 @@ impl Controller {
     /// of JSON.
     pub fn new(id: String, handed: Handed, metadata_limit: usize) -> Controller {
         Controller {
+            metrics: Collector::new(&id),
             id,
             description: ConfigFile::default(),
             handed,
+            log: None,
             running: None,
             paused: false,
             metadata: None,
             metadata_limit,
             fresh: false,
         }
+    }
+
+    /// What `PUT /logger` configures; without one it is refused.
+    pub fn set_log(&mut self, log: Log) {
+        self.description.logger = Some(log.config().clone());
+        self.log = Some(log);
+    }
+
+    /// What the process counts beside the machine.
+    pub fn metrics(&mut self) -> &mut Collector {
+        &mut self.metrics
+    }
+
+    /// Carries out a request of the API that was received then, and takes the time.
+    pub fn serve(
+        &mut self,
+        request: MachineRequest,
+        received: Instant,
+    ) -> Result<MachineAnswer, MachineError> {
+        let timing = self.metrics.begin(&request, received);
+        let answer = self.handle(request);
+        if let (Some(timing), Ok(_)) = (timing, &answer) {
+            self.metrics.end(&timing);
+        }
+        answer
+    }
+
+    /// Writes a line of metrics, if it is known where to.
+    pub fn write_metrics(&mut self) {
+        let counted = self.counted();
+        if let Err(error) = self.metrics.write(counted, self.log.as_ref()) {
+            telemetry::limited_warning!("{error}");
+        }
+    }
+
+    fn counted(&self) -> Vec<Sample> {
+        let mut counted = self.running.as_ref().map(Running::metrics).unwrap_or_default();
+        let service = self.metadata.iter();
+        counted.extend(service.map(|service| lock(service).metrics().readings().into()));
+        counted
     }
 
     /// The machine, the first time that there is one to be served.
@@ -526,11 +572,26 @@ impl Machine for Controller {
                 ));
             }
             MachineRequest::PutLogger(config) => {
-                logger::init(&config).map_err(refused)?;
-                self.description.logger = Some(config);
+                let missing = || MachineError::new("There is no log to be configured.");
+                let log = self.log.as_mut().ok_or_else(missing)?;
+                log.configure(&config).map_err(refused)?;
+                self.description.logger = Some(log.config().clone());
             }
-            MachineRequest::PutMetrics(_) | MachineRequest::FlushMetrics => {
-                not_yet("metrics")?;
+            MachineRequest::PutMetrics(config) => {
+                if self.is_started() {
+                    return Err(MachineError::new(AFTER_START));
+                }
+                self.metrics.configure(&config).map_err(refused)?;
+                self.description.metrics = Some(config);
+            }
+            MachineRequest::FlushMetrics => {
+                self.running()?;
+                let counted = self.counted();
+                self.metrics.flush(counted, self.log.as_ref()).map_err(refused)?;
+            }
+            MachineRequest::GetMetrics => {
+                let text = self.metrics.text(self.counted(), self.log.as_ref());
+                return Ok(MachineAnswer::Text(text));
             }
             MachineRequest::PutMmds(contents) => {
                 lock(&*self.metadata()?).put(contents).map_err(refused)?;
@@ -552,5 +613,41 @@ impl Machine for Controller {
             request => self.describe(request)?,
         }
         Ok(MachineAnswer::Done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use api_server::machine::{Logger, Metrics};
+
+    use super::*;
+
+    fn controller() -> Controller {
+        Controller::new("test".to_owned(), Handed::default(), 1 << 16)
+    }
+
+    #[test]
+    fn metrics_are_configured_once_and_read_at_any_time() {
+        let mut machine = controller();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let metrics_path = file.path().to_owned();
+        let config = Metrics { metrics_path, emit_id: false, properties: BTreeMap::new() };
+        assert!(matches!(machine.handle(MachineRequest::GetMetrics), Ok(MachineAnswer::Text(_))));
+        let refused = machine.handle(MachineRequest::FlushMetrics).unwrap_err();
+        assert_eq!(refused.message, BEFORE_START);
+        let put = MachineRequest::PutMetrics(config.clone());
+        assert_eq!(machine.handle(put.clone()), Ok(MachineAnswer::Done));
+        assert!(machine.handle(put).is_err());
+        assert_eq!(machine.description.metrics, Some(config));
+        machine.write_metrics();
+        assert_eq!(std::fs::read_to_string(file.path()).unwrap().lines().count(), 1);
+    }
+
+    #[test]
+    fn without_a_log_there_is_nothing_to_configure() {
+        let put = MachineRequest::PutLogger(Logger::default());
+        assert!(controller().handle(put).is_err());
     }
 }

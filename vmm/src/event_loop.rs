@@ -1,17 +1,19 @@
 //! The loop that serves devices until the machine ends.
 
 use std::io::IsTerminal;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
+use api_server::machine::exit_status;
 use api_server::machine::server::Call;
-use api_server::machine::{Machine, exit_status};
 use devices::legacy::power::{PowerRequest, PowerSwitch};
 use devices::legacy::serial::SerialPort;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::StartError;
@@ -19,6 +21,9 @@ use crate::controller::Controller;
 use crate::device_manager::Subscriber;
 use crate::machine::lock;
 use crate::vcpu::{Halt, HaltSwitch};
+
+/// Time between two lines of metrics.
+const METRICS_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Requests on their way from the API's thread.
 pub struct Calls {
@@ -81,6 +86,8 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
         let event = calls.event.try_clone().map_err(StartError::host("eventfd"))?;
         events.add_subscriber(Arc::new(Mutex::new(Wake(event))));
     }
+    let metrics = Arc::new(Mutex::new(Metronome::new(METRICS_INTERVAL)?));
+    events.add_subscriber(metrics.clone());
     let mut terminal = None;
     loop {
         if let Some(running) = controller.take_up() {
@@ -98,19 +105,53 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
                 terminal = Some(RawTerminal::enter());
             }
         }
-        if let Err(error) = events.run() {
-            tracing::error!(?error, "event loop");
+        match events.run() {
+            Ok(count) => controller.metrics().served_events(count),
+            Err(error) => tracing::error!(?error, "event loop"),
         }
+        let beat = std::mem::take(&mut lock(&metrics).beat);
         let status = lock(&end).status;
         if let Some(status) = status {
             drop(terminal);
+            controller.write_metrics();
             return Ok(status);
         }
+        if beat {
+            controller.write_metrics();
+        }
         for call in calls.iter().flat_map(|calls| calls.calls.try_iter()) {
-            let answer = controller.handle(call.request);
+            let answer = controller.serve(call.request, call.received);
             // A client that has gone does not hear of it.
             let _ = call.reply.send(answer);
         }
+    }
+}
+
+/// Tells when it is time for another line of metrics.
+struct Metronome {
+    timer: TimerFd,
+    /// It is.
+    beat: bool,
+}
+
+impl Metronome {
+    fn new(interval: Duration) -> Result<Metronome, StartError> {
+        let failed = |error: Errno| StartError::Host { what: "timerfd", error: error.into() };
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(failed)?;
+        let every = Expiration::Interval(interval.into());
+        timer.set(every, TimerSetTimeFlags::empty()).map_err(failed)?;
+        Ok(Metronome { timer, beat: false })
+    }
+}
+
+impl MutEventSubscriber for Metronome {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, self.timer.as_fd().as_raw_fd());
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        self.beat |= self.timer.wait().is_ok();
     }
 }
 
@@ -290,6 +331,23 @@ impl Drop for RawTerminal {
                 nix::sys::termios::SetArg::TCSANOW,
                 before,
             );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_metronome_beats_again_and_again() {
+        let metronome = Metronome::new(Duration::from_millis(1)).unwrap();
+        let metronome = Arc::new(Mutex::new(metronome));
+        let mut events = EventManager::new().unwrap();
+        events.add_subscriber(metronome.clone());
+        for _ in 0..3 {
+            assert_eq!(events.run_with_timeout(10_000).unwrap(), 1);
+            assert!(std::mem::take(&mut lock(&metronome).beat));
         }
     }
 }

@@ -11,6 +11,8 @@ pub mod logger;
 mod machine;
 mod memory;
 mod metadata;
+pub mod metrics;
+mod output_file;
 mod slots;
 pub mod snapshot;
 mod vcpu;

@@ -17,6 +17,7 @@ use arch::boot::{self, Entry, LoadedKernel};
 use arch::cpuid::{self, Topology};
 use arch::{layout, registers};
 use devices::GuestMemory;
+use devices::bus::Bus;
 use devices::legacy::power::{AcpiPower, I8042, PowerSwitch};
 use devices::legacy::serial::{SerialPort, SerialPortState};
 use devices::rate_limiter::RateLimiter;
@@ -36,6 +37,7 @@ use crate::device_manager::{DeviceManager, Subscriber, VirtioSlot};
 use crate::generation::Generation;
 use crate::memory::MemoryOptions;
 use crate::metadata::Link;
+use crate::metrics::Sample;
 use crate::slots::HotplugSlots;
 use crate::snapshot::memory_file::DirtyPages;
 use crate::snapshot::{MachineState, SavedDevice, VmState, saved_msrs};
@@ -65,6 +67,7 @@ pub struct Running {
     memory: GuestMemory,
     vcpus: Vec<Vcpu>,
     slots: Vec<VirtioSlot>,
+    pio: Arc<Bus>,
     /// What the API may change later.
     pub devices: Devices,
     /// To be served by the event loop.
@@ -226,6 +229,21 @@ impl Running {
         })
     }
 
+    /// What devices and processors have counted. Reading changes nothing.
+    pub fn metrics(&self) -> Vec<Sample> {
+        let devices = self.slots.iter().filter_map(|slot| {
+            let readings = lock(&slot.device).metrics()?;
+            // The others are named by what they are, of which there is one.
+            let several = matches!(readings.group, "block" | "net" | "pmem");
+            Some(Sample { name: several.then(|| slot.name.clone()), readings })
+        });
+        let vcpus = (0..).zip(&self.vcpus).map(|(id, vcpu): (u8, _)| Sample {
+            name: Some(id.to_string()),
+            readings: vcpu.metrics(),
+        });
+        devices.chain(vcpus).chain(self.pio.metrics().map(Sample::from)).collect()
+    }
+
     /// The machine's memory.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
@@ -315,6 +333,7 @@ impl Parts {
         vcpu::prepare_signals()?;
         let manager = self.manager;
         let buses = Buses { pio: Arc::new(manager.pio), mmio: Arc::new(manager.mmio) };
+        let pio = buses.pio.clone();
         let vcpus = (0..)
             .zip(vcpus)
             .map(|(id, fd)| {
@@ -327,6 +346,7 @@ impl Parts {
             memory,
             vcpus,
             slots: manager.slots,
+            pio,
             devices: self.devices,
             subscribers: manager.subscribers,
             power: self.power,

@@ -7,13 +7,14 @@
 use std::cell::Cell;
 use std::os::raw::{c_int, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
 use devices::GuestMemory;
 use devices::bus::Bus;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use telemetry::Readings;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -72,6 +73,52 @@ impl HaltSwitch {
     }
 }
 
+telemetry::metrics! {
+    /// What a processor has done since it was made.
+    pub struct VcpuMetrics("vcpu", Counter) {
+        /// Reads of a port that KVM handed to us.
+        exit_io_in,
+        /// Writes to a port that KVM handed to us.
+        exit_io_out,
+        /// Reads of memory that is none that KVM handed to us.
+        exit_mmio_read,
+        /// Writes to memory that is none that KVM handed to us.
+        exit_mmio_write,
+        /// Times that the processor could not go on.
+        failures,
+        /// Times that the guest could not be told that it stood still.
+        kvmclock_ctrl_fails,
+    }
+}
+
+/// [`VcpuMetrics`] as a processor's thread counts them. Only that thread writes; each processor has
+/// cache lines of its own for it.
+#[derive(Default)]
+#[repr(align(64))]
+struct Counters {
+    io_in: Counter,
+    io_out: Counter,
+    mmio_read: Counter,
+    mmio_write: Counter,
+    failures: Counter,
+    kvmclock_ctrl_fails: Counter,
+}
+
+/// A count that one thread writes and others read.
+#[derive(Default)]
+struct Counter(AtomicU64);
+
+impl Counter {
+    /// No more than a load and a store, since nobody else writes.
+    fn increment(&self) {
+        self.0.store(self.get().wrapping_add(1), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 enum Command {
     Run,
     Pause(mpsc::Sender<()>),
@@ -82,6 +129,7 @@ enum Command {
 pub struct Vcpu {
     commands: mpsc::Sender<Command>,
     thread: JoinHandle<()>,
+    counters: Arc<Counters>,
 }
 
 /// The thread is gone, which it never is while the process lives.
@@ -102,15 +150,32 @@ impl Vcpu {
         saved_msrs: Arc<[u32]>,
     ) -> Result<Vcpu, StartError> {
         let (commands, receiver) = mpsc::channel();
+        let counters = Arc::<Counters>::default();
+        let counted = counters.clone();
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))
             .stack_size(256 << 10)
             .spawn(move || {
                 let _memory = memory;
-                Runner { id, fd, buses, halt, saved_msrs, commands: receiver }.serve();
+                let commands = receiver;
+                Runner { id, fd, buses, halt, saved_msrs, commands, counters: counted }.serve();
             })
             .map_err(StartError::host("cannot start a vCPU thread"))?;
-        Ok(Vcpu { commands, thread })
+        Ok(Vcpu { commands, thread, counters })
+    }
+
+    /// What the processor has done.
+    pub fn metrics(&self) -> Readings {
+        let counters = &self.counters;
+        let metrics = VcpuMetrics {
+            exit_io_in: counters.io_in.get(),
+            exit_io_out: counters.io_out.get(),
+            exit_mmio_read: counters.mmio_read.get(),
+            exit_mmio_write: counters.mmio_write.get(),
+            failures: counters.failures.get(),
+            kvmclock_ctrl_fails: counters.kvmclock_ctrl_fails.get(),
+        };
+        metrics.readings()
     }
 
     fn tell(&self, command: Command) -> Result<(), StartError> {
@@ -173,6 +238,7 @@ struct Runner {
     halt: Arc<HaltSwitch>,
     saved_msrs: Arc<[u32]>,
     commands: mpsc::Receiver<Command>,
+    counters: Arc<Counters>,
 }
 
 impl Runner {
@@ -186,7 +252,9 @@ impl Runner {
                     running = true;
                     // The guest's watchdogs forgive the time it stood still; one that has no
                     // kvmclock has none of those either.
-                    let _ = self.fd.kvmclock_ctrl();
+                    if self.fd.kvmclock_ctrl().is_err() {
+                        self.counters.kvmclock_ctrl_fails.increment();
+                    }
                 }
                 Some(Command::Run) => {}
                 Some(Command::Pause(done)) => {
@@ -199,6 +267,9 @@ impl Runner {
                 None => {}
             }
             if running && let Some(reason) = self.run() {
+                if reason == Halt::Crash {
+                    self.counters.failures.increment();
+                }
                 self.halt.set(reason);
                 (running, halted) = (false, true);
             }
@@ -218,13 +289,25 @@ impl Runner {
 
     /// Runs the guest until there may be a command, or it cannot go on.
     fn run(&mut self) -> Option<Halt> {
-        let (id, buses) = (self.id, &self.buses);
+        let (id, buses, counters) = (self.id, &self.buses, &self.counters);
         loop {
             match self.fd.run() {
-                Ok(VcpuExit::IoIn(port, data)) => buses.pio.read(port.into(), data),
-                Ok(VcpuExit::IoOut(port, data)) => buses.pio.write(port.into(), data),
-                Ok(VcpuExit::MmioRead(address, data)) => buses.mmio.read(address, data),
-                Ok(VcpuExit::MmioWrite(address, data)) => buses.mmio.write(address, data),
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    counters.io_in.increment();
+                    buses.pio.read(port.into(), data);
+                }
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    counters.io_out.increment();
+                    buses.pio.write(port.into(), data);
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    counters.mmio_read.increment();
+                    buses.mmio.read(address, data);
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    counters.mmio_write.increment();
+                    buses.mmio.write(address, data);
+                }
                 Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {}
                 Ok(VcpuExit::Shutdown) => {
                     tracing::error!(vcpu = id, "triple fault");

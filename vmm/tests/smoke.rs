@@ -42,13 +42,18 @@ fn kernel(code: &[u8]) -> tempfile::NamedTempFile {
 
 /// Runs the code on a machine without a single virtio device; `None` where there is no KVM.
 fn run(code: &[u8]) -> Option<i32> {
+    run_with(code, "")
+}
+
+/// The same, with more in the configuration file.
+fn run_with(code: &[u8], more: &str) -> Option<i32> {
     if !Path::new("/dev/kvm").exists() {
         eprintln!("skipped: no /dev/kvm");
         return None;
     }
     let kernel = kernel(code);
     let config = format!(
-        r#"{{"boot-source": {{"kernel_image_path": {:?}}}, "console": {{"serial": false}}}}"#,
+        r#"{{"boot-source": {{"kernel_image_path": {:?}}}, "console": {{"serial": false}} {more}}}"#,
         kernel.path()
     );
     let mut machine = Controller::new("test".to_owned(), Handed::default(), 1024);
@@ -81,4 +86,28 @@ fn hostile_14_ports_that_nobody_owns_read_as_ones() {
     ];
     let status = run(&code);
     assert!(status.is_none_or(|status| status == exit_status::REBOOT), "{status:?}");
+}
+
+#[test]
+fn a_machine_that_ends_leaves_a_line_of_what_it_did() {
+    let metrics = tempfile::NamedTempFile::new().unwrap();
+    let more = format!(r#", "metrics": {{"metrics_path": {:?}}}"#, metrics.path());
+    // in al, 0x64; mov al, 0xfe; out 0x64, al; hlt; jmp to hlt
+    let code = [0xe4, 0x64, 0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+    let Some(status) = run_with(&code, &more) else { return };
+    assert_eq!(status, exit_status::REBOOT);
+    let text = std::fs::read_to_string(metrics.path()).unwrap();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    let line: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for (group, name) in [
+        ("vcpu", "exit_io_in"),
+        ("vcpu", "exit_io_out"),
+        ("i8042", "read_count"),
+        ("i8042", "write_count"),
+        ("i8042", "reset_count"),
+    ] {
+        assert_eq!(line[group][name], 1, "{group}.{name}");
+    }
+    assert_eq!(line["vcpu"]["failures"], 0);
+    assert!(line["vmm"]["device_events"].as_u64().unwrap() > 0);
 }

@@ -11,6 +11,7 @@ pub mod exit_status;
 mod limits;
 mod metadata;
 mod model;
+pub mod requests;
 pub mod route;
 pub mod server;
 mod snapshot;
@@ -97,13 +98,15 @@ pub enum MachineRequest {
     PatchMmds(Value),
     /// `GET /mmds`, at any time
     GetMmds,
-    /// `PUT /logger`
+    /// `PUT /logger`, at any time
     PutLogger(Logger),
-    /// `PUT /metrics`
+    /// `PUT /metrics`, once
     PutMetrics(Metrics),
     /// `PUT /actions` with `InstanceStart`
     StartInstance,
-    /// `PUT /actions` with `FlushMetrics`, at any time
+    /// `GET /metrics`, at any time; vmrun's own
+    GetMetrics,
+    /// `PUT /actions` with `FlushMetrics`, while the guest is there
     FlushMetrics,
     /// `PUT /actions` with `SendCtrlAltDel`, while the guest is there
     SendCtrlAltDel,
@@ -128,6 +131,8 @@ pub enum MachineAnswer {
     Version,
     /// Whatever else is asked for, as its model has it.
     Object(Value),
+    /// `GET /metrics`, in Prometheus's text format
+    Text(String),
 }
 
 impl MachineAnswer {

@@ -283,7 +283,7 @@ pub struct Entropy {
     pub rate_limiter: Option<RateLimiter>,
 }
 
-/// Where messages of the monitor go.
+/// Where messages of the monitor go. What is not given stays as it was.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Logger {
@@ -294,11 +294,11 @@ pub struct Logger {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub level: Option<Level>,
     /// Whether each message names its level.
-    #[serde(default)]
-    pub show_level: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub show_level: Option<bool>,
     /// Whether each message names the file and line it comes from.
-    #[serde(default)]
-    pub show_log_origin: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub show_log_origin: Option<bool>,
     /// Only messages of this module.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,

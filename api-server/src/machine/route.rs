@@ -17,7 +17,7 @@ pub enum Method {
 }
 
 impl Method {
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Method::Get => "GET",
             Method::Put => "PUT",
@@ -75,6 +75,7 @@ pub fn route(method: Method, path: &str, body: &[u8]) -> Result<Routed, MachineE
         (Get, ["balloon", "statistics"]) => MachineRequest::GetBalloonStatistics,
         (Get, ["balloon", "hinting", "status"]) => MachineRequest::GetBalloonHinting,
         (Get, ["hotplug", "memory"]) => MachineRequest::GetMemoryHotplug,
+        (Get, ["metrics"]) => MachineRequest::GetMetrics,
         (Get, ["mmds"]) => MachineRequest::GetMmds,
         (Get, _) => return Err(unknown()),
 

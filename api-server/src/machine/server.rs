@@ -4,7 +4,9 @@
 use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -16,11 +18,17 @@ use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::sync::{Semaphore, oneshot};
 
+use super::requests::RequestMetrics;
 use super::route::{Method, Routed, route};
 use super::{API_VERSION, MachineAnswer, MachineError, MachineRequest};
 
 /// Clients served at once; the next waits for one to go.
 const MAX_CLIENTS: usize = 64;
+const JSON: &str = "application/json";
+/// Says that a client uses what will go away.
+const DEPRECATION: &str = "deprecation";
+/// Prometheus's text format.
+const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Most bytes of a body where nothing else is asked for, as Firecracker has it.
 pub const DEFAULT_PAYLOAD_LIMIT: usize = 51_200;
 
@@ -28,20 +36,23 @@ pub const DEFAULT_PAYLOAD_LIMIT: usize = 51_200;
 pub struct Call {
     /// What is asked for.
     pub request: MachineRequest,
+    /// When it was understood.
+    pub received: Instant,
     /// Where the answer goes.
     pub reply: oneshot::Sender<Result<MachineAnswer, MachineError>>,
 }
 
-/// Serves clients on this thread, as long as the process lives. Each request is given to `submit`,
-/// which must not block; a body has `payload_limit` bytes at most.
+/// Serves clients on this thread, as long as the process lives, and counts what they ask. Each
+/// request is given to `submit`, which must not block; a body has `payload_limit` bytes at most.
 pub fn serve(
     listener: UnixListener,
     payload_limit: usize,
+    metrics: Arc<Mutex<RequestMetrics>>,
     submit: impl Fn(Call) + 'static,
 ) -> io::Result<Infallible> {
     listener.set_nonblocking(true)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    let submit = std::rc::Rc::new(submit);
+    let server = Rc::new(Server { payload_limit, metrics, submit });
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let places = Arc::new(Semaphore::new(MAX_CLIENTS));
@@ -53,16 +64,16 @@ pub fn serve(
                 Ok((stream, _)) => stream,
                 Err(error) => {
                     // No descriptor is left, say. Those who are served may free one.
-                    tracing::warn!(%error, "cannot accept a client of the API");
+                    telemetry::limited_warning!(%error, "cannot accept a client of the API");
                     tokio::task::yield_now().await;
                     continue;
                 }
             };
-            let submit = submit.clone();
+            let server = server.clone();
             tokio::task::spawn_local(async move {
                 let service = service_fn(|request| {
-                    let submit = submit.clone();
-                    async move { Ok::<_, Infallible>(answer(request, payload_limit, &*submit).await) }
+                    let server = server.clone();
+                    async move { Ok::<_, Infallible>(server.answer(request).await) }
                 });
                 let connection = hyper::server::conn::http1::Builder::new()
                     .half_close(true)
@@ -76,66 +87,84 @@ pub fn serve(
     })
 }
 
-async fn answer(
-    request: Request<Incoming>,
+/// What all connections share.
+struct Server<F> {
     payload_limit: usize,
-    submit: &dyn Fn(Call),
-) -> Response<Full<Bytes>> {
-    let (head, body) = request.into_parts();
-    let method = match head.method {
-        hyper::Method::GET => Method::Get,
-        hyper::Method::PUT => Method::Put,
-        hyper::Method::PATCH => Method::Patch,
-        other => {
-            let mut response = fault(
-                StatusCode::BAD_REQUEST,
-                &format!("Invalid request method and/or path: {other} {}.", head.uri.path()),
-            );
-            let allowed = hyper::header::HeaderValue::from_static("GET, PUT, PATCH");
-            response.headers_mut().insert(ALLOW, allowed);
-            return response;
-        }
-    };
-    let body = match Limited::new(body, payload_limit).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) if error.is::<LengthLimitError>() => {
-            let text = format!(
-                "Request payload is larger than the limit of {payload_limit} allowed by server."
-            );
-            return fault(StatusCode::PAYLOAD_TOO_LARGE, &text);
-        }
-        Err(error) => return fault(StatusCode::BAD_REQUEST, &error.to_string()),
-    };
-    let Routed { request, deprecated } = match route(method, head.uri.path(), &body) {
-        Ok(routed) => routed,
-        Err(error) => return refusal(&error),
-    };
-    tracing::debug!("API: {} {}", head.method, head.uri.path());
-    let (reply, answered) = oneshot::channel();
-    submit(Call { request, reply });
-    let mut response = match answered.await {
-        Ok(Ok(answer)) => success(answer),
-        Ok(Err(error)) => {
-            tracing::warn!("API: {} {}: {error}", head.method, head.uri.path());
-            refusal(&error)
-        }
-        Err(_) => fault(StatusCode::INTERNAL_SERVER_ERROR, "the machine has ended"),
-    };
-    if deprecated {
-        let value = hyper::header::HeaderValue::from_static("true");
-        response.headers_mut().insert("Deprecation", value);
+    metrics: Arc<Mutex<RequestMetrics>>,
+    submit: F,
+}
+
+impl<F: Fn(Call)> Server<F> {
+    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let (head, body) = request.into_parts();
+        let path = head.uri.path();
+        let method = match head.method {
+            hyper::Method::GET => Method::Get,
+            hyper::Method::PUT => Method::Put,
+            hyper::Method::PATCH => Method::Patch,
+            other => {
+                let mut response = fault(
+                    StatusCode::BAD_REQUEST,
+                    &format!("Invalid request method and/or path: {other} {path}."),
+                );
+                let allowed = hyper::header::HeaderValue::from_static("GET, PUT, PATCH");
+                response.headers_mut().insert(ALLOW, allowed);
+                return response;
+            }
+        };
+        let response = self.carry_out(method, path, body).await;
+        let refused = !response.status().is_success();
+        let mut metrics = self.metrics.lock().unwrap_or_else(PoisonError::into_inner);
+        metrics.count(method, path, refused);
+        metrics.deprecated.deprecated_http_api_calls +=
+            u64::from(response.headers().contains_key(DEPRECATION));
+        response
     }
-    response
+
+    async fn carry_out(&self, method: Method, path: &str, body: Incoming) -> Response<Full<Bytes>> {
+        let limit = self.payload_limit;
+        let body = match Limited::new(body, limit).collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(error) if error.is::<LengthLimitError>() => {
+                let text = format!(
+                    "Request payload is larger than the limit of {limit} allowed by server."
+                );
+                return fault(StatusCode::PAYLOAD_TOO_LARGE, &text);
+            }
+            Err(error) => return fault(StatusCode::BAD_REQUEST, &error.to_string()),
+        };
+        let Routed { request, deprecated } = match route(method, path, &body) {
+            Ok(routed) => routed,
+            Err(error) => return refusal(&error),
+        };
+        tracing::debug!("API: {} {path}", method.name());
+        let (reply, answered) = oneshot::channel();
+        (self.submit)(Call { request, received: Instant::now(), reply });
+        let mut response = match answered.await {
+            Ok(Ok(answer)) => success(answer),
+            Ok(Err(error)) => {
+                telemetry::limited_warning!("API: {} {path}: {error}", method.name());
+                refusal(&error)
+            }
+            Err(_) => fault(StatusCode::INTERNAL_SERVER_ERROR, "the machine has ended"),
+        };
+        if deprecated {
+            let value = hyper::header::HeaderValue::from_static("true");
+            response.headers_mut().insert(DEPRECATION, value);
+        }
+        response
+    }
 }
 
 fn success(answer: MachineAnswer) -> Response<Full<Bytes>> {
     let object = match answer {
-        MachineAnswer::Done => return respond(StatusCode::NO_CONTENT, Bytes::new()),
+        MachineAnswer::Done => return respond(StatusCode::NO_CONTENT, JSON, String::new()),
         MachineAnswer::Version => json!({ "firecracker_version": API_VERSION }),
         MachineAnswer::Instance(info) => json!(info),
         MachineAnswer::Object(object) => object,
+        MachineAnswer::Text(text) => return respond(StatusCode::OK, EXPOSITION, text),
     };
-    respond(StatusCode::OK, Bytes::from(object.to_string()))
+    respond(StatusCode::OK, JSON, object.to_string())
 }
 
 fn refusal(error: &MachineError) -> Response<Full<Bytes>> {
@@ -144,18 +173,18 @@ fn refusal(error: &MachineError) -> Response<Full<Bytes>> {
 }
 
 fn fault(status: StatusCode, message: &str) -> Response<Full<Bytes>> {
-    respond(status, Bytes::from(json!({ "fault_message": message }).to_string()))
+    respond(status, JSON, json!({ "fault_message": message }).to_string())
 }
 
-fn respond(status: StatusCode, body: Bytes) -> Response<Full<Bytes>> {
+fn respond(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {
     use hyper::header::HeaderValue;
     let typed = !body.is_empty();
-    let mut response = Response::new(Full::new(body));
+    let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(SERVER, HeaderValue::from_static("vmrun"));
     if typed {
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     }
     response
 }
@@ -178,14 +207,21 @@ mod tests {
     }
 
     fn server() -> (tempfile::TempDir, std::path::PathBuf) {
+        counting_server(Arc::default())
+    }
+
+    fn counting_server(
+        metrics: Arc<Mutex<RequestMetrics>>,
+    ) -> (tempfile::TempDir, std::path::PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api.sock");
         let listener = UnixListener::bind(&path).unwrap();
         std::thread::spawn(move || {
-            serve(listener, 100, |call| {
+            serve(listener, 100, metrics, |call| {
                 let answer = match call.request {
                     MachineRequest::GetVersion => Ok(MachineAnswer::Version),
                     MachineRequest::Pause => Ok(MachineAnswer::Done),
+                    MachineRequest::GetMetrics => Ok(MachineAnswer::Text("a 1\n".to_owned())),
                     MachineRequest::GetMmds => Err(MachineError::not_found("nothing there")),
                     // Its answer never comes.
                     MachineRequest::Resume => return,
@@ -219,6 +255,28 @@ mod tests {
         assert!(send("PATCH", 200, &" ".repeat(200)).starts_with("HTTP/1.1 413"));
         let resume = r#"{"state": "Resumed"}"#;
         assert!(send("PATCH", resume.len(), resume).starts_with("HTTP/1.1 500"));
+    }
+
+    #[test]
+    fn metrics_are_text_and_requests_are_counted() {
+        let metrics = Arc::<Mutex<RequestMetrics>>::default();
+        let (_folder, path) = counting_server(metrics.clone());
+        let answer = exchange(&path, "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        assert!(answer.contains("content-type: text/plain; version=0.0.4"), "{answer}");
+        assert!(answer.ends_with("\r\n\r\na 1\n"), "{answer}");
+        let put = |path: &std::path::Path, body: &str| {
+            let length = body.len();
+            let head = "PUT /vsock HTTP/1.1\r\nHost: localhost\r\nContent-Length:";
+            exchange(path, &format!("{head} {length}\r\n\r\n{body}"))
+        };
+        // One that makes no sense, and one that is refused and out of date.
+        assert!(put(&path, "{").starts_with("HTTP/1.1 400"));
+        let old = r#"{"guest_cid": 3, "uds_path": "v", "vsock_id": "x"}"#;
+        assert!(put(&path, old).starts_with("HTTP/1.1 400"));
+        let counted = *metrics.lock().unwrap();
+        assert_eq!(counted.get.metrics_count, 1);
+        assert_eq!((counted.put.vsock_count, counted.put.vsock_fails), (2, 2));
+        assert_eq!(counted.deprecated.deprecated_http_api_calls, 1);
     }
 
     #[test]

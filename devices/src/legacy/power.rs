@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use telemetry::Readings;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
@@ -91,15 +92,30 @@ impl BusDevice for AcpiPower {
     }
 }
 
+telemetry::metrics! {
+    /// What was done with the keyboard controller.
+    pub struct I8042Metrics("i8042", Counter) {
+        /// Reads of its registers.
+        read_count,
+        /// Writes to its registers.
+        write_count,
+        /// Writes that mean nothing to it.
+        missed_write_count,
+        /// Resets asked for.
+        reset_count,
+    }
+}
+
 /// The keyboard controller, of which only the reset command is there.
 pub struct I8042 {
     switch: Arc<PowerSwitch>,
+    metrics: I8042Metrics,
 }
 
 impl I8042 {
     /// A controller that resets by this switch.
     pub fn new(switch: Arc<PowerSwitch>) -> I8042 {
-        I8042 { switch }
+        I8042 { switch, metrics: I8042Metrics::default() }
     }
 }
 
@@ -107,14 +123,23 @@ impl BusDevice for I8042 {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
         // No byte waits, and none is being taken.
         data.fill(0);
+        self.metrics.read_count += 1;
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         const COMMAND: u64 = 4;
         const PULSE_RESET: u8 = 0xfe;
+        self.metrics.write_count += 1;
         if offset == COMMAND && data == [PULSE_RESET] {
+            self.metrics.reset_count += 1;
             self.switch.ask(PowerRequest::Reset);
+        } else {
+            self.metrics.missed_write_count += 1;
         }
+    }
+
+    fn metrics(&self) -> Option<Readings> {
+        Some(self.metrics.readings())
     }
 }
 

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use serde::{Deserialize, Serialize};
+use telemetry::Readings;
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -33,12 +34,29 @@ impl SerialEvents for Room {
     }
 }
 
+telemetry::metrics! {
+    /// What was done with a serial port.
+    pub struct SerialMetrics("uart", Counter) {
+        /// Accesses that failed, and input that was lost.
+        error_count,
+        /// Reads that are not of one byte.
+        missed_read_count,
+        /// Writes that are not of one byte.
+        missed_write_count,
+        /// Bytes read from its registers.
+        read_count,
+        /// Bytes written to its registers.
+        write_count,
+    }
+}
+
 /// A serial port that writes what it is sent to `output`. What cannot be written is lost: a guest's
 /// messages must not stop the guest.
 pub struct SerialPort {
     port: Serial<Line, Room, Lossy>,
     interrupt: EventFd,
     room: EventFd,
+    metrics: SerialMetrics,
 }
 
 /// The port's registers and the input that the guest has not read, for a snapshot.
@@ -118,7 +136,7 @@ impl SerialPort {
         let events = Room(room.try_clone()?);
         let port = Serial::from_state(&state.into(), line, events, Lossy(Box::new(output)))
             .map_err(|error| io::Error::other(format!("{error:?}")))?;
-        Ok(SerialPort { port, interrupt, room })
+        Ok(SerialPort { port, interrupt, room, metrics: SerialMetrics::default() })
     }
 
     /// What goes into a snapshot.
@@ -145,6 +163,7 @@ impl SerialPort {
     pub fn input(&mut self, bytes: &[u8]) {
         let fits = bytes.len().min(self.input_capacity());
         if self.port.enqueue_raw_bytes(&bytes[..fits]).is_err() {
+            self.metrics.error_count += 1;
             tracing::debug!("serial input lost");
         }
     }
@@ -155,15 +174,26 @@ impl BusDevice for SerialPort {
         data.fill(0);
         if let [byte] = data {
             *byte = self.port.read(offset as u8);
+            self.metrics.read_count += 1;
+        } else {
+            self.metrics.missed_read_count += 1;
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let [byte] = data
-            && let Err(error) = self.port.write(offset as u8, *byte)
-        {
+        let [byte] = data else {
+            self.metrics.missed_write_count += 1;
+            return;
+        };
+        self.metrics.write_count += 1;
+        if let Err(error) = self.port.write(offset as u8, *byte) {
+            self.metrics.error_count += 1;
             tracing::debug!(?error, "serial port");
         }
+    }
+
+    fn metrics(&self) -> Option<Readings> {
+        Some(self.metrics.readings())
     }
 }
 

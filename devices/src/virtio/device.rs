@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use event_manager::MutEventSubscriber;
+use telemetry::Readings;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -98,6 +99,11 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// Where the device is in each of its queues, for a snapshot; nothing where it is not active.
     /// A chain that was taken and not returned counts as not taken.
     fn queue_positions(&self) -> Vec<Option<QueuePosition>>;
+
+    /// What the device has counted since it was made. Reading changes nothing.
+    fn metrics(&self) -> Option<Readings> {
+        None
+    }
 
     /// What the device knows beside that, for a snapshot.
     fn save(&self) -> DeviceState {

@@ -194,6 +194,22 @@ fn a_guest_gets_a_token_and_with_it_a_value() {
 }
 
 #[test]
+fn frames_requests_and_connections_are_counted() {
+    let mut world = World::new(MmdsVersion::V2);
+    world.fetch("GET /a HTTP/1.0\r\n\r\n");
+    world.fetch("GET /a HTTP/1.0\r\nX-metadata-token: x\r\n\r\n");
+    world.connect();
+    world.settle();
+    let metrics = world.mmds.metrics();
+    assert_eq!((metrics.rx_count, metrics.rx_no_token, metrics.rx_invalid_token), (2, 1, 1));
+    assert_eq!(metrics.connections_created, 3);
+    assert!(metrics.rx_accepted > 6 && metrics.tx_frames > 6 && metrics.tx_bytes > 6 * 40);
+    assert!(metrics.connections_destroyed <= 2);
+    world.pass(2 * IDLE_TIMEOUT);
+    assert_eq!(world.mmds.metrics().connections_destroyed, 3);
+}
+
+#[test]
 fn a_connection_serves_one_request_after_the_other() {
     let mut world = World::new(MmdsVersion::V1);
     let handle = world.connect();

@@ -1,20 +1,23 @@
 //! `vmrun-vmm`: one micro-VM, described by a Firecracker configuration file or over Firecracker's API.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
+use api_server::machine::requests::RequestMetrics;
 use api_server::machine::{
-    Level, Logger, Machine, MachineError, MachineRequest, exit_status, server,
+    Level, Logger, Machine, MachineError, MachineRequest, Metrics, exit_status, server,
 };
 use clap::Parser;
 use vmm::Handed;
 use vmm::controller::Controller;
 use vmm::event_loop::{self, Calls};
+use vmm::logger::Log;
 use vmm::snapshot::file;
 
 /// Run one micro-VM.
@@ -48,6 +51,9 @@ struct Options {
     /// Name the source file and line of each message
     #[arg(long)]
     show_log_origin: bool,
+    /// Write metrics to this file or FIFO
+    #[arg(long, value_name = "PATH")]
+    metrics_path: Option<PathBuf>,
     /// Log how long the guest takes to reach its user space, when it tells
     #[arg(long)]
     boot_timer: bool,
@@ -119,6 +125,7 @@ fn failed(error: impl ToString) -> MachineError {
 }
 
 fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
+    let log = Log::init(&logger(&options)).map_err(failed)?;
     // Before any thread is made, so that all inherit it.
     vmm::event_loop::ending_signals()
         .thread_block()
@@ -128,13 +135,14 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
     let handed = Handed { taps, boot_timer, ..Handed::default() };
     let limit = options.mmds_size_limit.unwrap_or(options.http_api_max_payload_size);
     let mut machine = Controller::new(options.id.clone(), handed, limit);
+    machine.set_log(log);
     if let Some(path) = &options.metadata {
         let named = |error: &dyn std::fmt::Display| failed(format!("{}: {error}", path.display()));
         let text = std::fs::read(path).map_err(|error| named(&error))?;
         let contents = serde_json::from_slice(&text).map_err(|error| named(&error))?;
         machine.handle(MachineRequest::PutMmds(contents)).map_err(|error| named(&error))?;
     }
-    let mut config = match &options.config_file {
+    let config = match &options.config_file {
         None => ConfigFile::default(),
         Some(path) => {
             let named =
@@ -143,18 +151,19 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
             ConfigFile::parse(&text).map_err(|error| named(&error))?
         }
     };
-    // Where the API is served and nothing is said of messages, its client says it with PUT /logger.
-    if config.logger.is_some() || options.no_api || options.says_of_messages() {
-        config.logger = Some(logger(&options, config.logger.take().unwrap_or_default()));
+    if let Some(path) = &options.metrics_path {
+        let metrics_path = path.clone();
+        let metrics = Metrics { metrics_path, emit_id: false, properties: BTreeMap::new() };
+        machine.handle(MachineRequest::PutMetrics(metrics))?;
     }
-    let calls = if options.no_api { None } else { Some(serve_api(&options)?) };
+    let requests = machine.metrics().requests.clone();
+    let calls = if options.no_api { None } else { Some(serve_api(&options, requests)?) };
+    machine.metrics().started(started);
     if options.config_file.is_some() {
         for request in config.into_requests() {
             machine.handle(request)?;
         }
         tracing::info!("{}: started after {} us", options.id, started.elapsed().as_micros());
-    } else if let Some(logger) = config.logger {
-        machine.handle(MachineRequest::PutLogger(logger))?;
     }
     let status = event_loop::run(machine, calls).map_err(failed)?;
     if options.no_api {
@@ -166,7 +175,10 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
 }
 
 /// Listens on the socket and serves it on a thread of its own.
-fn serve_api(options: &Options) -> Result<Calls, MachineError> {
+fn serve_api(
+    options: &Options,
+    metrics: Arc<Mutex<RequestMetrics>>,
+) -> Result<Calls, MachineError> {
     let path = &options.api_sock;
     let listener = UnixListener::bind(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::AddrInUse => failed(format!(
@@ -181,22 +193,16 @@ fn serve_api(options: &Options) -> Result<Calls, MachineError> {
     std::thread::Builder::new()
         .name("api".to_owned())
         .spawn(move || {
-            let Err(error) = server::serve(listener, limit, move |call| caller.submit(call));
+            let Err(error) =
+                server::serve(listener, limit, metrics, move |call| caller.submit(call));
             tracing::error!(%error, "the API is not served any more");
         })
         .map_err(failed)?;
     Ok(calls)
 }
 
-impl Options {
-    fn says_of_messages(&self) -> bool {
-        let flags = self.show_level || self.show_log_origin;
-        self.log_path.is_some() || self.level.is_some() || self.module.is_some() || flags
-    }
-}
-
-/// What the file says of messages, and where it says nothing, what the command line does.
-fn logger(options: &Options, file: Logger) -> Logger {
+/// What the command line says of messages.
+fn logger(options: &Options) -> Logger {
     let level = options.level.map(|level| match level {
         LogLevel::Off => Level::Off,
         LogLevel::Error => Level::Error,
@@ -206,11 +212,11 @@ fn logger(options: &Options, file: Logger) -> Logger {
         LogLevel::Trace => Level::Trace,
     });
     Logger {
-        log_path: file.log_path.or_else(|| options.log_path.clone()),
-        level: file.level.or(level),
-        show_level: file.show_level || options.show_level,
-        show_log_origin: file.show_log_origin || options.show_log_origin,
-        module: file.module.or_else(|| options.module.clone()),
+        log_path: options.log_path.clone(),
+        level,
+        show_level: options.show_level.then_some(true),
+        show_log_origin: options.show_log_origin.then_some(true),
+        module: options.module.clone(),
     }
 }
 

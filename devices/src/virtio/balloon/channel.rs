@@ -105,12 +105,19 @@ fn address(page: u32) -> GuestAddress {
     GuestAddress(u64::from(page) * PAGE)
 }
 
+/// Counts of what was given back: ranges, and bytes.
+pub struct Given<'a> {
+    pub count: &'a mut u64,
+    pub freed: &'a mut u64,
+}
+
 /// Gives the ranges that a chain lets the device write to back to the host.
 pub fn discard_writable(
     memory: &GuestMemory,
     chain: &Chain,
     from: usize,
     allowance: &mut Allowance,
+    given: Given<'_>,
 ) -> Progress {
     let mut at = from;
     let bytes = from..from.saturating_add(allowance.bytes);
@@ -119,6 +126,8 @@ pub fn discard_writable(
         at += length;
         allowance.ranges -= 1;
         allowance.bytes -= length;
+        *given.count += 1;
+        *given.freed += length as u64;
     }
     if at < chain.writable.len() { Progress::At(at) } else { Progress::Finished }
 }

@@ -10,6 +10,7 @@
 
 mod channel;
 mod hinting;
+mod metrics;
 mod statistics;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::errno::Errno;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use serde::{Deserialize, Serialize};
+use telemetry::Readings;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -34,9 +36,10 @@ use super::{
 };
 use crate::GuestMemory;
 use crate::discard::PAGE;
-use channel::{Channel, Progress, discard_writable, inflate};
+use channel::{Channel, Given, Progress, discard_writable, inflate};
 use hinting::Hinting;
 pub use hinting::HintingStatus;
+pub use metrics::BalloonMetrics;
 pub use statistics::BalloonStatistics;
 
 const QUEUE_SIZE: u16 = 256;
@@ -137,6 +140,7 @@ pub struct Balloon {
     hinting: Hinting,
     active: Option<Active>,
     chain: Chain,
+    metrics: BalloonMetrics,
 }
 
 impl Balloon {
@@ -166,6 +170,7 @@ impl Balloon {
             hinting: Hinting::default(),
             active: None,
             chain: Chain::default(),
+            metrics: BalloonMetrics::default(),
         })
     }
 
@@ -283,12 +288,18 @@ impl Balloon {
         else {
             return Ok(());
         };
-        let hinting = &mut self.hinting;
+        let (hinting, metrics) = (&mut self.hinting, &mut self.metrics);
         let more = match role {
             Role::Statistics => return self.collect_statistics(),
-            Role::Inflate => channel.serve(&mut self.chain, inflate)?,
+            Role::Inflate => channel.serve(&mut self.chain, |memory, chain, from, allowance| {
+                metrics.inflate_count += u64::from(from == 0);
+                inflate(memory, chain, from, allowance)
+            })?,
             // The guest finds its pages where they were; the host gives them as they are touched.
-            Role::Deflate => channel.serve(&mut self.chain, |_, _, _, _| Progress::Finished)?,
+            Role::Deflate => channel.serve(&mut self.chain, |_, _, _, _| {
+                metrics.deflate_count += 1;
+                Progress::Finished
+            })?,
             Role::Hinting => channel.serve(&mut self.chain, |memory, chain, from, allowance| {
                 if from == 0 && read_command(memory, chain, hinting) {
                     active.interrupt.config_changed();
@@ -296,9 +307,21 @@ impl Balloon {
                 if !hinting.is_current() {
                     return Progress::Finished;
                 }
-                discard_writable(memory, chain, from, allowance)
+                let given = Given {
+                    count: &mut metrics.free_page_hint_count,
+                    freed: &mut metrics.free_page_hint_freed,
+                };
+                discard_writable(memory, chain, from, allowance, given)
             })?,
-            Role::Reporting => channel.serve(&mut self.chain, discard_writable)?,
+            Role::Reporting => {
+                channel.serve(&mut self.chain, |memory, chain, from, allowance| {
+                    let given = Given {
+                        count: &mut metrics.free_page_report_count,
+                        freed: &mut metrics.free_page_report_freed,
+                    };
+                    discard_writable(memory, chain, from, allowance, given)
+                })?
+            }
         };
         channel.queue.signal()?;
         if more {
@@ -315,6 +338,7 @@ impl Balloon {
         if self.held.is_none() && queue.pop(&mut self.chain)? {
             statistics::update(&mut self.statistics, &self.chain.readable, queue.memory());
             self.held = Some(self.chain.head());
+            self.metrics.stats_updates_count += 1;
         }
         Ok(())
     }
@@ -436,6 +460,7 @@ impl VirtioDevice for Balloon {
             let feature = role.feature();
             let used = feature.is_none_or(|bit| features & 1 << bit != 0);
             if queue.is_none() && feature.is_none() {
+                self.metrics.activate_fails += 1;
                 return Err(failed(format!("queue {index} was not set up")));
             }
             channels.push(queue.filter(|_| used).map(|queue| {
@@ -472,6 +497,10 @@ impl VirtioDevice for Balloon {
         channels.map(|channel| Some(channel.as_ref()?.queue.position(0))).collect()
     }
 
+    fn metrics(&self) -> Option<Readings> {
+        Some(self.metrics.readings())
+    }
+
     fn save(&self) -> DeviceState {
         DeviceState::Balloon(Balloon::save(self))
     }
@@ -504,6 +533,11 @@ impl MutEventSubscriber for Balloon {
         };
         if let Err(error) = result {
             guest_warning!(%error, "balloon: device needs a reset");
+            self.metrics.event_fails += 1;
+            let index = usize::try_from(events.data()).unwrap_or(usize::MAX);
+            let statistics =
+                events.data() == TIMER || self.roles.get(index) == Some(&Role::Statistics);
+            self.metrics.stats_update_fails += u64::from(statistics);
             if let Some(active) = self.detach() {
                 active.interrupt.needs_reset();
             }

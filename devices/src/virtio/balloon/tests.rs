@@ -89,6 +89,33 @@ fn wait_for(
 }
 
 #[test]
+fn what_goes_in_and_out_is_counted() {
+    let mut driver = driver();
+    send_pages(&mut driver, INFLATE, &[0, 1, 2]);
+    send_pages(&mut driver, INFLATE, &[3]);
+    send_pages(&mut driver, DEFLATE, &[0]);
+    driver.send(REPORTING, &[], &[range(8, 2), range(12, 1)]);
+    driver.notify(REPORTING);
+    let statistics = driver.buffer(&entry(4, 7));
+    driver.send(STATISTICS, &[(statistics, 10)], &[]);
+    driver.notify(STATISTICS);
+    let metrics = driver.device.lock().unwrap().metrics;
+    let expected = BalloonMetrics {
+        inflate_count: 2,
+        deflate_count: 1,
+        free_page_report_count: 2,
+        free_page_report_freed: 3 * PAGE,
+        stats_updates_count: 1,
+        ..BalloonMetrics::default()
+    };
+    assert_eq!(metrics, expected);
+    driver.set_available(INFLATE, 100);
+    driver.notify(INFLATE);
+    let metrics = driver.device.lock().unwrap().metrics;
+    assert_eq!((metrics.event_fails, metrics.stats_update_fails), (1, 0));
+}
+
+#[test]
 fn queues_and_features_are_those_that_were_asked_for() {
     for choice in 0..16u64 {
         let [deflate_on_oom, statistics, hinting, reporting] =

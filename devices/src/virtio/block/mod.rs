@@ -4,12 +4,14 @@
 //! has the kernel do so meanwhile, and [`Block`] is what the guest sees.
 
 mod disk;
+mod metrics;
 mod request;
 mod uring;
 
 use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use telemetry::Readings;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
@@ -21,6 +23,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::EventFd;
 
 pub use disk::{Disk, DiskError};
+pub use metrics::BlockMetrics;
 use request::{Operation, Refused, Request};
 use uring::{Finished, Uring};
 
@@ -74,6 +77,7 @@ pub struct Block {
     event: [EventFd; 1],
     queue: Option<DeviceQueue>,
     chain: Chain,
+    metrics: BlockMetrics,
 }
 
 impl Block {
@@ -99,8 +103,17 @@ impl Block {
             Engine::Sync => None,
             Engine::Async => Some(Uring::new(&disk)?),
         };
-        let chain = Chain::default();
-        Ok(Block { options, disk, uring, features, config, event, queue: None, chain })
+        Ok(Block {
+            options,
+            disk,
+            uring,
+            features,
+            config,
+            event,
+            queue: None,
+            chain: Chain::default(),
+            metrics: BlockMetrics::default(),
+        })
     }
 
     /// Puts another disk in, or the same one with another size, and tells the guest. It must be
@@ -113,6 +126,7 @@ impl Block {
         }
         self.config = config_space(disk.sectors());
         self.disk = disk;
+        self.metrics.update_count += 1;
         if let Some(queue) = &self.queue {
             queue.config_changed();
         }
@@ -151,7 +165,7 @@ impl Block {
         let Some(uring) = &mut self.uring else { return Ok(()) };
         while let Some(finished) = uring.finished(&self.disk) {
             if let Some(queue) = &mut self.queue {
-                finish(&self.options.id, queue, &finished)?;
+                finish(&self.options.id, queue, &finished, &mut self.metrics)?;
             }
         }
         Ok(())
@@ -179,6 +193,7 @@ impl Block {
                 let request = Request::parse(queue.memory(), &self.chain);
                 if !limiter.allows(request.as_ref().map_or(0, Request::bytes), 1) {
                     // Without asking for notifications: there is more to do than is allowed.
+                    self.metrics.rate_limiter_throttled_events += 1;
                     queue.undo_pop();
                     return Ok(());
                 }
@@ -192,12 +207,13 @@ impl Block {
                     {
                         let chain = std::mem::take(&mut self.chain);
                         if let Some(finished) = uring.start(&self.disk, chain, request) {
-                            finish(&self.options.id, queue, &finished)?;
+                            finish(&self.options.id, queue, &finished, &mut self.metrics)?;
                         }
                     }
                     (_, request) => {
-                        let id = &self.options.id;
-                        let written = serve(id, &self.disk, queue, &self.chain, request);
+                        let drive = Drive { id: &self.options.id, disk: &self.disk };
+                        let metrics = &mut self.metrics;
+                        let written = serve(drive, queue, &self.chain, request, metrics);
                         queue.push(&self.chain, written)?;
                     }
                 }
@@ -208,6 +224,7 @@ impl Block {
                 return Ok(());
             }
             if !queue.enable_notifications()? {
+                self.metrics.no_avail_buffer += u64::from(budget == BUDGET);
                 return Ok(());
             }
         }
@@ -216,31 +233,47 @@ impl Block {
     /// Stops the queue where its driver broke the rules. What is in flight completes for nobody.
     fn check(&mut self, result: Result<(), QueueError>) {
         if let Err(error) = result {
+            self.metrics.event_fails += 1;
             super::broken(&self.options.id, &mut self.queue, &error);
         }
     }
 }
 
+/// A drive to carry requests out on.
+struct Drive<'a> {
+    id: &'a str,
+    disk: &'a Disk,
+}
+
 /// Carries one request out and returns the number of bytes written to the guest, the status among
 /// them.
 fn serve(
-    drive: &str,
-    disk: &Disk,
+    drive: Drive,
     queue: &DeviceQueue,
     chain: &Chain,
     request: Result<Request, Refused>,
+    metrics: &mut BlockMetrics,
 ) -> usize {
+    let Drive { id: drive, disk } = drive;
     let memory = queue.memory();
     let status = match request {
         // Nowhere to put a status: the chain goes back untouched.
         _ if chain.writable.is_empty() => {
             tracing::debug!(drive, "request without a status byte");
+            metrics.invalid_reqs_count += 1;
             return 0;
         }
-        Ok(request) => status(drive, &request, disk.run(&request, memory, chain, drive)),
-        Err(Refused::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+        Ok(request) => {
+            let result = disk.run(&request, memory, chain, drive);
+            status(drive, &request, result, metrics)
+        }
+        Err(Refused::Unsupported) => {
+            metrics.invalid_reqs_count += 1;
+            VIRTIO_BLK_S_UNSUPP
+        }
         Err(Refused::Malformed(reason)) => {
             tracing::debug!(drive, reason, "malformed request");
+            metrics.invalid_reqs_count += 1;
             VIRTIO_BLK_S_IOERR
         }
     };
@@ -248,19 +281,33 @@ fn serve(
 }
 
 /// Returns a request that is over.
-fn finish(drive: &str, queue: &mut DeviceQueue, finished: &Finished) -> Result<(), QueueError> {
+fn finish(
+    drive: &str,
+    queue: &mut DeviceQueue,
+    finished: &Finished,
+    metrics: &mut BlockMetrics,
+) -> Result<(), QueueError> {
     let Finished { chain, request, error } = finished;
     let result = error.as_ref().map_or(Ok(()), Err);
-    let written = answer(drive, queue.memory(), chain, status(drive, request, result));
+    let written = answer(drive, queue.memory(), chain, status(drive, request, result, metrics));
     queue.push(chain, written)
 }
 
 /// What the guest is told of a request that was carried out.
-fn status(drive: &str, request: &Request, result: Result<(), impl std::fmt::Display>) -> u32 {
+fn status(
+    drive: &str,
+    request: &Request,
+    result: Result<(), impl std::fmt::Display>,
+    metrics: &mut BlockMetrics,
+) -> u32 {
     match result {
-        Ok(()) => VIRTIO_BLK_S_OK,
+        Ok(()) => {
+            metrics.done(request);
+            VIRTIO_BLK_S_OK
+        }
         Err(error) => {
             guest_warning!(drive, ?request, %error, "request failed");
+            metrics.execute_fails += 1;
             VIRTIO_BLK_S_IOERR
         }
     }
@@ -325,7 +372,8 @@ impl VirtioDevice for Block {
         if let Some(uring) = &mut self.uring {
             uring.begin(&activation.memory);
         }
-        let [queue] = super::take_queues(&self.options.id, activation)?;
+        let [queue] = super::take_queues(&self.options.id, activation)
+            .inspect_err(|_| self.metrics.activate_fails += 1)?;
         self.queue = Some(queue);
         // A notification may have come while the queue was not there yet.
         let _ = self.event[0].write(1);
@@ -346,6 +394,10 @@ impl VirtioDevice for Block {
         }
         let result = self.queue.as_mut().map_or(Ok(()), DeviceQueue::signal);
         self.check(result);
+    }
+
+    fn metrics(&self) -> Option<Readings> {
+        Some(self.metrics.readings())
     }
 
     fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
@@ -375,12 +427,16 @@ impl MutEventSubscriber for Block {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
         match (events.data(), &self.uring) {
-            (TIMER, _) => self.options.rate_limiter.timer_fired(),
+            (TIMER, _) => {
+                self.options.rate_limiter.timer_fired();
+                self.metrics.rate_limiter_event_count += 1;
+            }
             (COMPLETED, Some(uring)) => {
                 let _ = uring.completed().read();
             }
             _ => {
                 let _ = self.event[0].read();
+                self.metrics.queue_event_count += 1;
             }
         }
         let result = Block::process(self);

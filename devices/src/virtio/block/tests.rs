@@ -111,6 +111,58 @@ fn what_is_written_is_read_back_and_in_the_file() {
 }
 
 #[test]
+fn what_was_done_is_counted_and_reading_counts_nothing() {
+    let (block, _file) = drive(Engine::Sync, false);
+    let mut driver = Driver::new(block);
+    ask(&mut driver, VIRTIO_BLK_T_IN, 3, &[], 1024);
+    ask(&mut driver, VIRTIO_BLK_T_IN, 3, &[], 512);
+    ask(&mut driver, VIRTIO_BLK_T_OUT, 63, &[7; 512], 0);
+    ask(&mut driver, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+    ask(&mut driver, VIRTIO_BLK_T_IN, 64, &[], 512);
+    ask(&mut driver, VIRTIO_BLK_T_IN, 0, &[], 511);
+    ask(&mut driver, 77, 0, &[], 0);
+    let device = driver.device.lock().unwrap();
+    let expected = BlockMetrics {
+        read_count: 2,
+        read_bytes: 1536,
+        write_count: 1,
+        write_bytes: 512,
+        flush_count: 1,
+        execute_fails: 1,
+        invalid_reqs_count: 2,
+        // One for each request, and one for each start, which finds nothing.
+        queue_event_count: 14,
+        no_avail_buffer: 7,
+        ..BlockMetrics::default()
+    };
+    assert_eq!(device.metrics, expected);
+    let readings = VirtioDevice::metrics(&*device).unwrap();
+    assert_eq!(VirtioDevice::metrics(&*device).unwrap(), readings);
+    assert_eq!(readings.group, "block");
+    let value = |name| readings.readings.iter().find(|one| one.name == name).unwrap().value;
+    assert_eq!((value("read_bytes"), value("write_bytes")), (1536, 512));
+}
+
+#[test]
+fn a_request_that_has_to_wait_is_counted_once_it_does_and_once_it_is_served() {
+    let limiter = RateLimiter::new(TokenBucket::new(512, 0, 3_600_000), None).unwrap();
+    let (block, _file) = limited_drive(Engine::Sync, false, limiter);
+    let mut driver = Driver::new(block);
+    let head = driver.buffer(&header(VIRTIO_BLK_T_IN, 0));
+    let into = driver.buffer(&[0; 513]);
+    for _ in 0..2 {
+        driver.send(0, &[(head, 16)], &[(into, 513)]);
+    }
+    driver.notify(0);
+    let metrics = driver.device.lock().unwrap().metrics;
+    assert_eq!((metrics.rate_limiter_throttled_events, metrics.read_count), (1, 1));
+    driver.device.lock().unwrap().options.rate_limiter.pass(Duration::from_secs(3600));
+    driver.run();
+    let metrics = driver.device.lock().unwrap().metrics;
+    assert_eq!((metrics.rate_limiter_event_count, metrics.read_count), (1, 2));
+}
+
+#[test]
 fn ranges_are_discarded_and_zeroed() {
     for engine in engines() {
         let (block, file) = drive(engine, false);

@@ -8,6 +8,7 @@
 //! plugged; in such a slot it can also touch blocks that are not, and must be trusted not to, or be
 //! limited by the memory that the process may have.
 
+mod metrics;
 mod region;
 mod request;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::{Deserialize, Serialize};
+use telemetry::Readings;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -29,6 +31,7 @@ use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
 use super::{
     ActivateError, Activation, DeviceState, Interrupt, QueuePosition, RestoreError, VirtioDevice,
 };
+pub use metrics::MemMetrics;
 pub use region::SlotSink;
 use region::{MIB, Pending, Region};
 use request::{ANSWER, Answer, Request};
@@ -183,6 +186,7 @@ pub struct Mem {
     queue: Option<DeviceQueue>,
     interrupt: Option<Arc<dyn Interrupt>>,
     chain: Chain,
+    metrics: MemMetrics,
 }
 
 impl Mem {
@@ -207,6 +211,7 @@ impl Mem {
             queue: None,
             interrupt: None,
             chain: Chain::default(),
+            metrics: MemMetrics::default(),
         })
     }
 
@@ -281,7 +286,13 @@ impl Mem {
             }
             let memory = queue.memory();
             let answer = match Request::parse(memory, &self.chain) {
-                Some(request) => self.region.run(request, memory, &mut allowance),
+                Some(request) => {
+                    let answer = self.region.run(request, memory, &mut allowance);
+                    if let Some(answer) = answer {
+                        self.metrics.answered(request, answer, self.region.block_size());
+                    }
+                    answer
+                }
                 None => {
                     guest_warning!("mem: an unknown request");
                     Some(Answer::Error)
@@ -346,6 +357,7 @@ impl VirtioDevice for Mem {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         if activation.features & (1 << UNPLUGGED_INACCESSIBLE) == 0 {
+            self.metrics.activate_fails += 1;
             // Such a driver may read memory that is not there (virtio 1.2, 5.15.5.2).
             return Err(ActivateError {
                 device: "mem".to_owned(),
@@ -353,7 +365,8 @@ impl VirtioDevice for Mem {
             });
         }
         let interrupt = activation.interrupt.clone();
-        let [queue] = super::take_queues("mem", activation)?;
+        let [queue] = super::take_queues("mem", activation)
+            .inspect_err(|_| self.metrics.activate_fails += 1)?;
         (self.queue, self.interrupt) = (Some(queue), Some(interrupt));
         // A notification may have come while the queue was not there yet.
         let _ = self.event[0].write(1);
@@ -369,6 +382,10 @@ impl VirtioDevice for Mem {
 
     fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
         self.queue.iter().map(|queue| Some(queue.position(0))).collect()
+    }
+
+    fn metrics(&self) -> Option<Readings> {
+        Some(self.metrics.readings())
     }
 
     fn save(&self) -> DeviceState {
@@ -388,7 +405,9 @@ impl MutEventSubscriber for Mem {
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
         let _ = self.event[0].read();
+        self.metrics.queue_event_count += 1;
         if let Err(error) = Mem::process(self) {
+            self.metrics.queue_event_fails += 1;
             super::broken("mem", &mut self.queue, &error);
         }
     }

@@ -225,6 +225,9 @@ fn blocks_are_plugged_up_to_what_is_requested() {
     assert_eq!((sizes(&driver), slots.present()), ([24, 5, 24], vec![0, 1]));
     assert_eq!(driver.device().status().plugged_size_mib, 80);
     assert!(!driver.is_broken());
+    let metrics = driver.device().metrics;
+    assert_eq!((metrics.plug_count, metrics.plug_fails), (6, 3));
+    assert_eq!((metrics.plug_bytes, metrics.state_count), (80 << 20, 3));
 }
 
 #[test]

@@ -9,6 +9,9 @@ const VLAN: usize = 4;
 /// Longest packet with its Ethernet header, a segmentation left to the host.
 pub const MAX_FRAME: usize = 65535 + ETHERNET + VLAN;
 
+/// The fault of a frame whose source is not the guest's MAC address.
+pub const SPOOFED: &str = "not from the guest's address";
+
 const NEEDS_CHECKSUM: u8 = 1;
 const GSO_NONE: u8 = 0;
 const GSO_TCP4: u8 = 1;
@@ -47,7 +50,7 @@ pub fn fault(head: &[u8], length: usize, mac: Option<[u8; 6]>) -> Option<&'stati
         _ => return Some("unknown segmentation"),
     }
     if mac.is_some_and(|mac| ethernet[6..12] != mac) {
-        return Some("not from the guest's address");
+        return Some(SPOOFED);
     }
     None
 }
@@ -96,6 +99,6 @@ mod tests {
             assert!(judge(header, 60, Some(MAC)).is_some(), "{header:?}");
         }
         let spoofed = judge([0; LENGTH], 60, Some([2, 0, 0, 0, 0, 1]));
-        assert_eq!(spoofed, Some("not from the guest's address"));
+        assert_eq!(spoofed, Some(SPOOFED));
     }
 }

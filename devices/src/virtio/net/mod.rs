@@ -9,6 +9,7 @@
 //! that comes while the driver offers less than the largest one needs is copied once.
 
 mod header;
+mod metrics;
 mod responder;
 mod room;
 mod tap;
@@ -20,6 +21,7 @@ use std::io::{self, ErrorKind};
 use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use telemetry::Readings;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -29,6 +31,7 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
@@ -36,7 +39,8 @@ use super::{
     ActivateError, Activation, DeviceState, QueuePosition, RestoreError, VirtioDevice, vectored,
 };
 use crate::rate_limiter::{BucketUpdate, RateLimiter};
-use header::{ETHERNET, LENGTH, MAX_FRAME};
+use header::{ETHERNET, LENGTH, MAX_FRAME, SPOOFED};
+pub use metrics::NetMetrics;
 use responder::Answers;
 pub use responder::Responder;
 use room::Room;
@@ -88,6 +92,7 @@ pub struct Net<B = Tap> {
     queues: Option<[DeviceQueue; 2]>,
     chain: Chain,
     config: [u8; 12],
+    metrics: NetMetrics,
 }
 
 /// A frame that was read, and that the driver does not know of yet.
@@ -106,6 +111,22 @@ enum Frame {
     Bad,
     /// None now.
     None,
+    /// None any more, most likely.
+    Failed,
+}
+
+/// Why a frame of the guest was not sent.
+#[derive(Debug, thiserror::Error)]
+enum Dropped {
+    /// It must not be.
+    #[error("{0}")]
+    Fault(&'static str),
+    /// Its buffers cannot be read.
+    #[error("{0}")]
+    Memory(GuestMemoryError),
+    /// The TAP does not take it.
+    #[error("{0}")]
+    Tap(io::Error),
 }
 
 impl<B: Backend> Net<B> {
@@ -130,6 +151,7 @@ impl<B: Backend> Net<B> {
             queues: None,
             chain: Chain::default(),
             config,
+            metrics: NetMetrics::default(),
         })
     }
 
@@ -182,21 +204,37 @@ impl<B: Backend> Net<B> {
             // The timer calls again.
             return Ok(());
         }
+        let metrics = &mut self.metrics;
         let mut budget = BUDGET;
         loop {
             queue.disable_notifications()?;
             while budget > 0 && queue.pop(&mut self.chain)? {
                 if !limiter.allows(frame_bytes(self.chain.readable.len()), 1) {
                     // Without asking for notifications: there is more to do than is allowed.
+                    metrics.tx_rate_limiter_throttled += 1;
                     queue.undo_pop();
                     return queue.signal();
                 }
                 budget -= 1;
-                let answers = &mut self.answers;
-                let sent = send(&self.tap, queue, &self.chain, self.options.mac, answers);
-                if let Err(reason) = sent {
-                    // As on a wire: what cannot be sent is lost.
-                    tracing::debug!(interface = self.options.id, %reason, "frame dropped");
+                match send(&self.tap, queue, &self.chain, self.options.mac, &mut self.answers) {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        metrics.tx_count += 1;
+                        metrics.tx_packets_count += 1;
+                        metrics.tx_bytes_count += frame_bytes(self.chain.readable.len());
+                    }
+                    Err(dropped) => {
+                        // As on a wire: what cannot be sent is lost.
+                        tracing::debug!(interface = self.options.id, %dropped, "frame dropped");
+                        metrics.tx_fails += 1;
+                        *match dropped {
+                            Dropped::Fault(SPOOFED) => &mut metrics.tx_spoofed_mac_count,
+                            Dropped::Fault(_) | Dropped::Memory(_) => {
+                                &mut metrics.tx_malformed_frames
+                            }
+                            Dropped::Tap(_) => &mut metrics.tap_write_fails,
+                        } += 1;
+                    }
                 }
                 queue.push(&self.chain, 0)?;
             }
@@ -208,6 +246,7 @@ impl<B: Backend> Net<B> {
                 break;
             }
         }
+        metrics.no_tx_avail_buffer += u64::from(budget == BUDGET);
         if self.answers.is_some() {
             // There may be an answer.
             let _ = self.events[RX].write(1);
@@ -228,6 +267,7 @@ impl<B: Backend> Net<B> {
             // The timer calls again; frames wait in the TAP.
             return Ok(());
         }
+        let metrics = &mut self.metrics;
         let mut budget = BUDGET;
         while budget > 0 {
             budget -= 1;
@@ -238,6 +278,7 @@ impl<B: Backend> Net<B> {
             if self.room.is_empty() {
                 // The driver tells us when it has added buffers. Frames wait in the TAP, which
                 // has room for more than we have.
+                metrics.no_rx_avail_buffer += u64::from(self.readable);
                 return queue.signal();
             }
             let Held { length, in_place } = if let Some(held) = self.held.take() {
@@ -253,18 +294,30 @@ impl<B: Backend> Net<B> {
                 } else {
                     nix::unistd::read(&self.tap, &mut self.incoming).map_err(io::Error::from)
                 };
-                match judge(read, &mut self.readable, &mut self.failed, &self.options.id) {
-                    Frame::Of(length) => Held { length, in_place },
+                let frame = judge(read, &mut self.readable, &self.options.id, &mut self.failed);
+                match frame {
+                    Frame::Of(length) => {
+                        metrics.rx_count += 1;
+                        Held { length, in_place }
+                    }
                     Frame::Bad => continue,
                     Frame::None => return queue.signal(),
+                    Frame::Failed => {
+                        metrics.tap_read_fails += 1;
+                        return queue.signal();
+                    }
                 }
             };
             let fits = in_place || self.room.fits(length);
             if !fits && self.room.is_all_there_can_be(self.mergeable) {
                 tracing::debug!(interface = self.options.id, length, "receive buffers too small");
+                metrics.rx_fails += 1;
                 continue;
             }
-            if !fits || !limiter.allows(frame_bytes(length), 1) {
+            let allowed = fits && limiter.allows(frame_bytes(length), 1);
+            metrics.no_rx_avail_buffer += u64::from(!fits);
+            metrics.rx_rate_limiter_throttled += u64::from(fits && !allowed);
+            if !allowed {
                 self.held = Some(Held { length, in_place });
                 return queue.signal();
             }
@@ -272,6 +325,8 @@ impl<B: Backend> Net<B> {
                 self.room.write(queue.memory(), &self.incoming[..length]);
             }
             self.room.give_back(queue, length)?;
+            metrics.rx_packets_count += 1;
+            metrics.rx_bytes_count += frame_bytes(length);
         }
         let _ = self.events[RX].write(1);
         queue.signal()
@@ -293,35 +348,36 @@ fn answer(answers: &mut Option<Answers>, incoming: &mut [u8]) -> Option<usize> {
 }
 
 /// Sends one frame: its headers from a copy that was judged, the rest from where the guest put it.
+/// False where the monitor itself is whom it is for.
 fn send(
     tap: &impl Backend,
     queue: &DeviceQueue,
     chain: &Chain,
     mac: Option<[u8; 6]>,
     answers: &mut Option<Answers>,
-) -> io::Result<()> {
+) -> Result<bool, Dropped> {
     let buffers = &chain.readable;
     let mut head = [0; LENGTH + ETHERNET];
-    let count = buffers.read(queue.memory(), 0, &mut head).map_err(io::Error::other)?;
+    let count = buffers.read(queue.memory(), 0, &mut head).map_err(Dropped::Memory)?;
     if let Some(fault) = header::fault(&head[..count], buffers.len(), mac) {
-        return Err(io::Error::new(ErrorKind::InvalidData, fault));
+        return Err(Dropped::Fault(fault));
     }
     if let Some(answers) = answers {
         let mut head = [0; responder::HEAD];
-        let count = buffers.read(queue.memory(), LENGTH, &mut head).map_err(io::Error::other)?;
+        let count = buffers.read(queue.memory(), LENGTH, &mut head).map_err(Dropped::Memory)?;
         if answers.wants(&head[..count]) {
             let length = (buffers.len() - LENGTH).min(MAX_FRAME);
             answers.receive(length, |frame| {
                 buffers.read(queue.memory(), LENGTH, frame).map(drop).map_err(io::Error::other)
             });
-            return Ok(());
+            return Ok(false);
         }
     }
     loop {
         let rest = head.len()..buffers.len();
         match vectored::write(tap, &head, queue.memory(), buffers, rest) {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            done => return done.map(drop),
+            done => return done.map(|_| true).map_err(Dropped::Tap),
         }
     }
 }
@@ -330,8 +386,8 @@ fn send(
 fn judge(
     read: io::Result<usize>,
     readable: &mut bool,
-    failed: &mut bool,
     interface: &str,
+    failed: &mut bool,
 ) -> Frame {
     let error = match read {
         Ok(0) => ErrorKind::UnexpectedEof.into(),
@@ -342,10 +398,13 @@ fn judge(
     };
     // Nothing more before the next edge.
     *readable = false;
-    if error.kind() != ErrorKind::WouldBlock && !std::mem::replace(failed, true) {
+    if error.kind() == ErrorKind::WouldBlock {
+        return Frame::None;
+    }
+    if !std::mem::replace(failed, true) {
         tracing::warn!(interface, %error, "cannot read from the TAP; was it removed?");
     }
-    Frame::None
+    Frame::Failed
 }
 
 impl<B: Backend> VirtioDevice for Net<B> {
@@ -393,11 +452,13 @@ impl<B: Backend> VirtioDevice for Net<B> {
         let features = activation.features;
         let size = activation.queues.first().and_then(Option::as_ref).map_or(0, Queue::size);
         self.mergeable = features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
-        self.tap.set_offloads(features).map_err(|error| ActivateError {
+        let offloads = self.tap.set_offloads(features).map_err(|error| ActivateError {
             device: self.options.id.clone(),
             reason: format!("offloads: {error}"),
-        })?;
-        let queues = super::take_queues(&self.options.id, activation)?;
+        });
+        let queues = offloads
+            .and_then(|()| super::take_queues(&self.options.id, activation))
+            .inspect_err(|_| self.metrics.activate_fails += 1)?;
         self.room = Room::new(size);
         self.queues = Some(queues);
         self.readable = true;
@@ -420,6 +481,10 @@ impl<B: Backend> VirtioDevice for Net<B> {
         let Some([rx, tx]) = &self.queues else { return Vec::new() };
         // Buffers without a frame are taken once more. A frame that is held is lost, as on a wire.
         vec![Some(rx.position(self.room.len())), Some(tx.position(0))]
+    }
+
+    fn metrics(&self) -> Option<Readings> {
+        Some(self.metrics.readings())
     }
 
     fn save(&self) -> DeviceState {
@@ -454,14 +519,17 @@ impl<B: Backend> MutEventSubscriber for Net<B> {
         let result = match events.data() {
             TAP => {
                 self.readable = true;
+                self.metrics.rx_tap_event_count += 1;
                 self.receive()
             }
             RX_TIMER => {
                 self.options.rx_rate_limiter.timer_fired();
+                self.metrics.rx_event_rate_limiter_count += 1;
                 self.receive()
             }
             TX_TIMER => {
                 self.options.tx_rate_limiter.timer_fired();
+                self.metrics.tx_rate_limiter_event_count += 1;
                 self.transmit()
             }
             ANSWERS_TIMER => {
@@ -473,10 +541,17 @@ impl<B: Backend> MutEventSubscriber for Net<B> {
             queue => {
                 let queue = (queue as usize).min(TX);
                 let _ = self.events[queue].read();
-                if queue == TX { self.transmit() } else { self.receive() }
+                if queue == TX {
+                    self.metrics.tx_queue_event_count += 1;
+                    self.transmit()
+                } else {
+                    self.metrics.rx_queue_event_count += 1;
+                    self.receive()
+                }
             }
         };
         if let Err(error) = result {
+            self.metrics.event_fails += 1;
             super::broken_all(&self.options.id, &mut self.queues, &error);
             self.held = None;
             self.room = Room::default();

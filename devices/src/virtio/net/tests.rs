@@ -108,6 +108,36 @@ fn frames_go_out_whole_however_they_are_cut_up() {
 }
 
 #[test]
+fn frames_that_go_and_frames_that_are_lost_are_counted() {
+    let (mut driver, host) = start(0, 64);
+    driver.write(BUFFERS, &frame(60));
+    driver.send(TX, &[readable(BUFFERS, (LENGTH + 60) as u32)]);
+    let mut spoofed = frame(60);
+    spoofed[LENGTH + 6] ^= 4;
+    driver.write(BUFFERS, &spoofed);
+    driver.send(TX, &[readable(BUFFERS, (LENGTH + 60) as u32)]);
+    driver.send(TX, &[readable(BUFFERS, 20)]);
+    arrive(&host, &frame(100));
+    driver.run();
+    let metrics = driver.device().metrics;
+    assert_eq!((metrics.tx_packets_count, metrics.tx_bytes_count), (1, 60));
+    assert_eq!((metrics.tx_fails, metrics.tx_spoofed_mac_count), (2, 1));
+    assert_eq!(metrics.tx_malformed_frames, 1);
+    assert_eq!((metrics.rx_packets_count, metrics.rx_bytes_count), (0, 0));
+    assert!(metrics.no_rx_avail_buffer > 0);
+    // One for the frame that waits, one into which the next does not fit.
+    offer(&mut driver, &[2048, 50]);
+    arrive(&host, &frame(100));
+    driver.run();
+    let metrics = driver.device().metrics;
+    assert_eq!((metrics.rx_packets_count, metrics.rx_bytes_count), (1, 100));
+    assert_eq!((metrics.rx_count, metrics.rx_fails), (2, 1));
+    drop(host);
+    driver.run();
+    assert!(driver.device().metrics.tap_read_fails > 0);
+}
+
+#[test]
 fn the_largest_frame_goes_both_ways() {
     let (mut driver, host) = start(MERGEABLE | EVENT_IDX, 64);
     let large = frame(MAX_FRAME);

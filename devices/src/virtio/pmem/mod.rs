@@ -8,6 +8,7 @@ mod file;
 use std::io;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use telemetry::Readings;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -29,6 +30,22 @@ const FAILED: i32 = -1;
 /// Bytes of an answer.
 const ANSWER: usize = 4;
 
+telemetry::metrics! {
+    /// What persistent memory has done since it was made.
+    pub struct PmemMetrics("pmem", Counter) {
+        /// Times that the driver could not be served from the start.
+        activate_fails,
+        /// Times that the driver broke the rules, so that it had to reset the device.
+        event_fails,
+        /// Notifications of the driver.
+        queue_event_count,
+        /// Times that the file was flushed, once for all requests that came together.
+        flush_count,
+        /// Times that this failed.
+        flush_fails,
+    }
+}
+
 /// Persistent memory. A snapshot keeps nothing of it beside its queue: every request taken in an
 /// event is answered in it.
 pub struct Pmem {
@@ -40,6 +57,7 @@ pub struct Pmem {
     queue: Option<DeviceQueue>,
     /// Requests of one event, which one flush is enough for.
     chains: Vec<Chain>,
+    metrics: PmemMetrics,
 }
 
 impl Pmem {
@@ -53,6 +71,7 @@ impl Pmem {
             event: [EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?],
             queue: None,
             chains: (0..QUEUE_SIZE).map(|_| Chain::default()).collect(),
+            metrics: PmemMetrics::default(),
         })
     }
 
@@ -69,7 +88,14 @@ impl Pmem {
     fn process(&mut self) -> Result<(), QueueError> {
         let Some(queue) = self.queue.as_mut() else { return Ok(()) };
         let (name, file) = (&self.name, &self.file);
-        if serve(name, queue, &mut self.chains, || flush(name, file))? {
+        let metrics = &mut self.metrics;
+        let flush = || {
+            let answer = flush(name, file);
+            metrics.flush_count += 1;
+            metrics.flush_fails += u64::from(answer != OK);
+            answer
+        };
+        if serve(name, queue, &mut self.chains, flush)? {
             // The rest in the next round of the event loop.
             let _ = self.event[0].write(1);
         }
@@ -167,7 +193,8 @@ impl VirtioDevice for Pmem {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let [queue] = super::take_queues(&self.name, activation)?;
+        let [queue] = super::take_queues(&self.name, activation)
+            .inspect_err(|_| self.metrics.activate_fails += 1)?;
         self.queue = Some(queue);
         // A notification may have come while the queue was not there yet.
         let _ = self.event[0].write(1);
@@ -181,6 +208,10 @@ impl VirtioDevice for Pmem {
     fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
         self.queue.iter().map(|queue| Some(queue.position(0))).collect()
     }
+
+    fn metrics(&self) -> Option<Readings> {
+        Some(self.metrics.readings())
+    }
 }
 
 impl MutEventSubscriber for Pmem {
@@ -190,7 +221,9 @@ impl MutEventSubscriber for Pmem {
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
         let _ = self.event[0].read();
+        self.metrics.queue_event_count += 1;
         if let Err(error) = Pmem::process(self) {
+            self.metrics.event_fails += 1;
             super::broken(&self.name, &mut self.queue, &error);
         }
     }

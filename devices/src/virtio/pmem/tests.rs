@@ -52,6 +52,8 @@ fn a_flush_is_answered() {
         assert_eq!(ask(&mut driver, &FLUSH.to_le_bytes()), (4, OK));
         // What follows the type means nothing.
         assert_eq!(ask(&mut driver, &[0; 100]), (4, OK));
+        let metrics = driver.device.lock().unwrap().metrics;
+        assert_eq!((metrics.flush_count, metrics.flush_fails), (2, 0));
     }
 }
 

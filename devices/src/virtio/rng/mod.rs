@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use telemetry::Readings;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -28,19 +29,41 @@ pub struct RngOptions {
     pub rate_limiter: RateLimiter,
 }
 
+telemetry::metrics! {
+    /// What an entropy device has done since it was made.
+    pub struct RngMetrics("entropy", Counter) {
+        /// Times that the driver could not be served from the start.
+        activate_fails,
+        /// Times that the driver broke the rules, so that it had to reset the device.
+        entropy_event_fails,
+        /// Notifications of the driver.
+        entropy_event_count,
+        /// Random bytes that the guest got.
+        entropy_bytes,
+        /// Times that the host had no random bytes.
+        host_rng_fails,
+        /// Times that the rate limiter refused a request for a while.
+        entropy_rate_limiter_throttled,
+        /// Times that the rate limiter's timer fired.
+        rate_limiter_event_count,
+    }
+}
+
 /// An entropy device.
 pub struct Rng {
     options: RngOptions,
     event: [EventFd; 1],
     queue: Option<DeviceQueue>,
     chain: Chain,
+    metrics: RngMetrics,
 }
 
 impl Rng {
     /// An entropy device. Fails where no eventfd can be made.
     pub fn new(options: RngOptions) -> std::io::Result<Rng> {
         let event = [EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?];
-        Ok(Rng { options, event, queue: None, chain: Chain::default() })
+        let metrics = RngMetrics::default();
+        Ok(Rng { options, event, queue: None, chain: Chain::default(), metrics })
     }
 
     /// Its limits, for a snapshot.
@@ -72,12 +95,16 @@ impl Rng {
         while queue.pop(&mut self.chain)? {
             let wanted = self.chain.writable.len().min(MAX_BYTES);
             if !limiter.allows(wanted as u64, 1) {
+                self.metrics.entropy_rate_limiter_throttled += 1;
                 queue.undo_pop();
                 break;
             }
             let filled = fill(&mut bytes[..wanted]);
             let written = self.chain.writable.write(queue.memory(), 0, &bytes[..filled]);
-            queue.push(&self.chain, written.unwrap_or(0))?;
+            let written = written.unwrap_or(0);
+            queue.push(&self.chain, written)?;
+            self.metrics.host_rng_fails += u64::from(filled < wanted);
+            self.metrics.entropy_bytes += written as u64;
             budget -= 1;
             if budget == 0 {
                 let _ = self.event[0].write(1);
@@ -122,7 +149,8 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let [queue] = super::take_queues("entropy", activation)?;
+        let [queue] = super::take_queues("entropy", activation)
+            .inspect_err(|_| self.metrics.activate_fails += 1)?;
         self.queue = Some(queue);
         let _ = self.event[0].write(1);
         Ok(())
@@ -134,6 +162,10 @@ impl VirtioDevice for Rng {
 
     fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
         self.queue.iter().map(|queue| Some(queue.position(0))).collect()
+    }
+
+    fn metrics(&self) -> Option<Readings> {
+        Some(self.metrics.readings())
     }
 
     fn save(&self) -> DeviceState {
@@ -157,10 +189,13 @@ impl MutEventSubscriber for Rng {
         super::register_timer(ops, &mut self.options.rate_limiter, TIMER);
         if events.data() == TIMER {
             self.options.rate_limiter.timer_fired();
+            self.metrics.rate_limiter_event_count += 1;
         } else {
             let _ = self.event[0].read();
+            self.metrics.entropy_event_count += 1;
         }
         if let Err(error) = Rng::process(self) {
+            self.metrics.entropy_event_fails += 1;
             super::broken("entropy", &mut self.queue, &error);
         }
     }
@@ -185,6 +220,19 @@ mod tests {
         assert_eq!(driver.used(0), [(0, 64), (1, MAX_BYTES as u32)]);
         assert_ne!(driver.read(small, 64), [0; 64]);
         assert_eq!(driver.read(large + MAX_BYTES as u64, 64), [0; 64]);
+    }
+
+    #[test]
+    fn bytes_that_the_guest_got_are_counted() {
+        let mut driver = Driver::new(Rng::new(RngOptions::default()).unwrap());
+        let into = driver.buffer(&[0; 64]);
+        driver.send(0, &[], &[(into, 64)]);
+        driver.send(0, &[], &[(into, 10)]);
+        driver.notify(0);
+        let metrics = driver.device.lock().unwrap().metrics;
+        let expected =
+            RngMetrics { entropy_bytes: 74, entropy_event_count: 1, ..RngMetrics::default() };
+        assert_eq!(metrics, expected);
     }
 
     #[test]

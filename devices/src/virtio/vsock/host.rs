@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use super::connection::{BUFFER, Connection, State};
 use super::handshake::{self, Handshake, Progress};
+use super::metrics::VsockMetrics;
 use super::packet::{HOST_CID, Header, Op, SHUTDOWN_BOTH, STREAM};
 use crate::GuestMemory;
 use crate::virtio::queue::Buffers;
@@ -69,6 +70,8 @@ pub struct Host {
     pub opened: Vec<u32>,
     /// Sockets not to be watched any more; then they can be closed.
     pub closed: Vec<UnixStream>,
+    /// What was done; the device counts what it does itself.
+    pub metrics: VsockMetrics,
 }
 
 impl Host {
@@ -99,6 +102,7 @@ impl Host {
             ready: VecDeque::new(),
             opened: Vec::new(),
             closed: Vec::new(),
+            metrics: VsockMetrics::default(),
         })
     }
 
@@ -142,6 +146,7 @@ impl Host {
     }
 
     fn close(&mut self, connection: Connection) {
+        self.metrics.conns_removed += 1;
         self.tokens.remove(&connection.token);
         self.closed.push(connection.into_socket());
     }
@@ -190,7 +195,7 @@ impl Host {
             };
             self.warned = false;
             if self.handshakes.len() >= MAX_HANDSHAKES || socket.set_nonblocking(true).is_err() {
-                tracing::warn!("vsock: a host program was refused: too many at once");
+                telemetry::limited_warning!("vsock: a host program was refused: too many at once");
                 continue;
             }
             let token = self.token();
@@ -243,6 +248,7 @@ impl Host {
             Progress::Connect(guest_port) if !news.hung_up && self.has_place() => {
                 let key = (self.free_host_port(guest_port), guest_port);
                 self.connections.insert(key, Connection::new(socket, token, State::Connecting));
+                self.metrics.conns_added += 1;
                 self.tokens.insert(token, key);
                 self.tell(key, Op::Request, 0);
             }
@@ -291,6 +297,7 @@ impl Host {
         };
         let token = self.token();
         self.connections.insert(key, Connection::new(socket, token, State::Open));
+        self.metrics.conns_added += 1;
         self.tokens.insert(token, key);
         self.opened.push(token);
         true
@@ -326,6 +333,7 @@ impl Host {
 
     /// Drops a connection and tells the guest.
     fn reset(&mut self, key: Key) {
+        self.metrics.conns_killed += u64::from(self.connections.contains_key(&key));
         self.drop_connection(key);
         self.tell(key, Op::Reset, 0);
     }
@@ -380,7 +388,9 @@ impl Host {
                 connection.confirm(key.0).is_ok()
             }
             (Op::Data, State::Open) => {
-                connection.send(memory, buffers, header.length as usize).is_ok()
+                let taken = connection.send(memory, buffers, header.length as usize).is_ok();
+                self.metrics.tx_bytes_count += if taken { header.length.into() } else { 0 };
+                taken
             }
             (Op::CreditUpdate, State::Open) => true,
             (Op::CreditRequest, State::Open) => {
@@ -468,6 +478,7 @@ impl Host {
             // Programs hear of it now; the descriptor is closed when it is not watched any more.
             let _ = socket.shutdown(Shutdown::Both);
             self.closed.push(socket);
+            self.metrics.conns_removed += 1;
         }
         self.tokens.clear();
         self.pending.clear();

@@ -13,6 +13,7 @@
 mod connection;
 mod handshake;
 mod host;
+mod metrics;
 mod packet;
 #[cfg(test)]
 mod tests;
@@ -21,12 +22,14 @@ use std::io;
 use std::path::Path;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use telemetry::Readings;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
 
 use host::{FIRST_TOKEN, Host, SocketNews};
+pub use metrics::VsockMetrics;
 use packet::{HEADER, Header};
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
@@ -92,7 +95,10 @@ impl Vsock {
             }
             let buffers = &self.chain.readable;
             match Header::read(queue.memory(), buffers) {
-                Some(header) => self.host.packet(&header, queue.memory(), buffers),
+                Some(header) => {
+                    self.host.metrics.tx_packets_count += 1;
+                    self.host.packet(&header, queue.memory(), buffers);
+                }
                 None => tracing::debug!("vsock: a packet shorter than a header"),
             }
             queue.push(&self.chain, 0)?;
@@ -126,6 +132,8 @@ impl Vsock {
                     let whole = header.write(queue.memory(), buffers);
                     let length = if whole { HEADER + header.length as usize } else { 0 };
                     queue.push(&self.chain, length)?;
+                    self.host.metrics.rx_packets_count += 1;
+                    self.host.metrics.rx_bytes_count += u64::from(header.length);
                 }
                 None => queue.undo_pop(),
             }
@@ -197,7 +205,9 @@ impl VirtioDevice for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.queues = Some(super::take_queues("vsock", activation)?);
+        let queues = super::take_queues("vsock", activation)
+            .inspect_err(|_| self.host.metrics.activate_fails += 1)?;
+        self.queues = Some(queues);
         // Host programs may have connected before the driver was there.
         for event in &self.events {
             let _ = event.write(1);
@@ -217,6 +227,10 @@ impl VirtioDevice for Vsock {
 
     fn queue_positions(&self) -> Vec<Option<QueuePosition>> {
         self.queues.iter().flatten().map(|queue| Some(queue.position(0))).collect()
+    }
+
+    fn metrics(&self) -> Option<Readings> {
+        Some(self.host.metrics.readings())
     }
 }
 
@@ -248,17 +262,28 @@ impl MutEventSubscriber for Vsock {
                 if let Some(event) = self.events.get(queue as usize) {
                     let _ = event.read();
                 }
+                let metrics = &mut self.host.metrics;
                 match queue as usize {
-                    TX => result = self.transmit(),
-                    EVENT => result = self.announce(),
-                    _ => {}
+                    TX => {
+                        metrics.tx_queue_event_count += 1;
+                        result = self.transmit();
+                        self.host.metrics.tx_queue_event_fails += u64::from(result.is_err());
+                    }
+                    EVENT => {
+                        result = self.announce();
+                        self.host.metrics.ev_queue_event_fails += u64::from(result.is_err());
+                    }
+                    _ => metrics.rx_queue_event_count += 1,
                 }
             }
         }
         if self.host.accept() {
             let _ = self.events[RX].write(1);
         }
-        if let Err(error) = result.and_then(|()| self.receive()) {
+        let result = result.and_then(|()| {
+            self.receive().inspect_err(|_| self.host.metrics.rx_queue_event_fails += 1)
+        });
+        if let Err(error) = result {
             super::broken_all("vsock", &mut self.queues, &error);
             self.host.abandon();
         }

@@ -88,6 +88,31 @@ fn a_guest_program_reaches_a_socket_of_the_host() {
 }
 
 #[test]
+fn packets_bytes_and_connections_are_counted() {
+    let mut guest = Guest::booted();
+    let listener = guest.listen(99);
+    guest.send(packet(Op::Request, 99), b"");
+    guest.one();
+    let (mut socket, _) = listener.accept().unwrap();
+    guest.send(data(packet(Op::Data, 99), b"hello"), b"hello");
+    socket.write_all(b"wide world").unwrap();
+    guest.one();
+    let counted = |guest: &Guest| guest.driver.device().host.metrics;
+    let metrics = counted(&guest);
+    assert_eq!((metrics.tx_packets_count, metrics.tx_bytes_count), (2, 5));
+    assert_eq!((metrics.rx_packets_count, metrics.rx_bytes_count), (2, 10));
+    assert_eq!((metrics.conns_added, metrics.conns_removed, metrics.conns_killed), (1, 0, 0));
+    assert_eq!(counted(&guest), metrics);
+    // One that the guest ends, one that is ended by us, one that never was.
+    guest.send(packet(Op::Reset, 99), b"");
+    guest.send(packet(Op::Request, 99), b"");
+    guest.send(packet(Op::Response, 99), b"");
+    guest.send(packet(Op::Request, 98), b"");
+    let metrics = counted(&guest);
+    assert_eq!((metrics.conns_added, metrics.conns_removed, metrics.conns_killed), (2, 2, 1));
+}
+
+#[test]
 fn a_port_where_nobody_listens_on_the_host_is_refused() {
     let mut guest = Guest::booted();
     guest.send(packet(Op::Request, 98), b"");
