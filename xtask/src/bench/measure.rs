@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::Figure;
+use super::api::Served;
 use super::monitor::{Boot, Monitor};
 use crate::command::run;
 
@@ -59,8 +60,12 @@ pub fn measure(arguments: &Arguments) -> Result<()> {
     };
     let wanted = |name| arguments.name.is_none_or(|wanted| wanted == name);
     for monitor in Monitor::installed(&work.path().join("dist/vmrun-vmm"), work.path())? {
+        if wanted(super::Name::Snapshot) {
+            eprintln!("measure: snapshots of {} with {}", monitor.name(), arguments.kernel);
+            lab.snapshot(&monitor, &mut put)?;
+        }
         if !wanted(super::Name::Init) && !wanted(super::Name::Memory) {
-            break;
+            continue;
         }
         eprintln!("measure: {} with {}", monitor.name(), arguments.kernel);
         let boot = || lab.boot(&monitor);
@@ -130,13 +135,58 @@ impl Lab {
         ensure!(got == 1 && status.success(), "vmrun run: {status}");
         Ok(time)
     }
-    /// Boots the guest that vmrun would.
-    fn boot(&self, monitor: &Monitor) -> Result<Boot> {
+
+    /// A monitor under its API, and a snapshot of its guest.
+    fn snapshot(
+        &self,
+        monitor: &Monitor,
+        put: &mut impl FnMut(&str, &str, f64, &str),
+    ) -> Result<()> {
+        let start = || Served::start(monitor, &self.work);
+        // What it loads is in the page cache from now on.
+        if start()?.is_none() {
+            return Ok(());
+        }
+        let started = || start()?.context("no API");
+        let name = monitor.name();
+        let time = middle(|| Ok(started()?.to_socket))?;
+        put(name, "exec to the API socket", milliseconds(time), "ms");
+        let (kernel, initrd) = self.guest()?;
+        let boot = || -> Result<_> {
+            let served = started()?;
+            let time = served.boot(&kernel, &initrd)?;
+            Ok((served, time))
+        };
+        drop(boot()?);
+        let time = middle(|| Ok(boot()?.1))?;
+        put(name, "InstanceStart to the guest's init", milliseconds(time), "ms");
+        let bytes = boot()?.0.save()?;
+        put(name, "state file", bytes as f64 / 1024.0, "KiB");
+        started()?.load()?;
+        let time = middle(|| Ok(started()?.load()?.to_answer))?;
+        put(name, "snapshot/load until it runs", milliseconds(time), "ms");
+        let time = middle(|| Ok(started()?.load()?.to_guest))?;
+        put(name, "snapshot/load until the guest answers on vsock", milliseconds(time), "ms");
+        let served = started()?;
+        served.load()?;
+        let memory = served.memory()?;
+        put(name, "own memory of a restored machine (Pss)", memory.own as f64 / 1024.0, "MiB");
+        put(name, "its guest's memory (Pss)", memory.guest as f64 / 1024.0, "MiB");
+        Ok(())
+    }
+
+    /// The kernel and the initramfs that vmrun would boot.
+    fn guest(&self) -> Result<(PathBuf, PathBuf)> {
         let kernel = self.work.join("root/kernels").join(&self.kernel);
         let initrd = fs::read_dir(&kernel)?
             .filter_map(|entry| Some(entry.ok()?.path()))
             .find(|path| path.extension().is_some_and(|extension| extension == "cpio"))
             .context("there is no initramfs")?;
-        monitor.boot(&kernel.join("vmlinux"), &initrd, &self.work)
+        Ok((kernel.join("vmlinux"), initrd))
+    }
+
+    fn boot(&self, monitor: &Monitor) -> Result<Boot> {
+        let (kernel, initrd) = self.guest()?;
+        monitor.boot(&kernel, &initrd, &self.work)
     }
 }

@@ -3,6 +3,7 @@
 //! The lab counts each executed instruction as a nanosecond, whatever else the machine does. It does
 //! not see cache misses, nor what a real exit to the host costs.
 
+mod api;
 mod measure;
 mod monitor;
 
@@ -29,6 +30,8 @@ pub enum Name {
     Init,
     /// Memory of the monitor and of its guest, with peers beside
     Memory,
+    /// A monitor under its API: socket, snapshot, restore, with peers beside
+    Snapshot,
     /// From `vmrun run --network none` to the program's first byte
     Output,
     /// The same with a network

@@ -18,9 +18,9 @@ use serde_json::json;
 use crate::command::{output, run};
 
 /// The vsock port on which the guest's init says that it listens.
-const READY_PORT: u32 = 1024;
-const MEMORY_MIB: u64 = 128;
-const CMDLINE: &str = "console=hvc0 quiet reboot=t panic=-1 8250.nr_uarts=0 \
+pub const READY_PORT: u32 = 1024;
+pub const MEMORY_MIB: u64 = 128;
+pub const CMDLINE: &str = "console=hvc0 quiet reboot=t panic=-1 8250.nr_uarts=0 \
     random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check";
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// How long a guest may take to its init, in the lab's milliseconds.
@@ -205,26 +205,31 @@ impl Boot {
         bail!("KVM has no statistics of the machine")
     }
 
-    /// The process's memory now. What is mapped at least nearly as large as the guest's memory is
-    /// the guest's.
+    /// The process's memory now.
     pub fn memory(&self) -> Result<Memory> {
-        let text = fs::read_to_string(format!("/proc/{}/smaps", self.monitor.id()))?;
-        let mut memory = Memory { own: 0, guest: 0 };
-        let mut in_guest = false;
-        for line in text.lines() {
-            let Some((name, value)) = line.split_once(':') else { continue };
-            let value = value.trim().trim_end_matches(" kB").parse();
-            match (name, value) {
-                ("Size", Ok(size)) => {
-                    let size: u64 = size;
-                    in_guest = size >= MEMORY_MIB * 1024 * 3 / 4;
-                }
-                ("Pss", Ok(pss)) if in_guest => memory.guest += pss,
-                ("Pss", Ok(pss)) => memory.own += pss,
-                _ => {}
-            }
-        }
-        ensure!(memory.guest > 0, "no mapping of the process is as large as the guest's memory");
-        Ok(memory)
+        memory_of(self.monitor.id())
     }
+}
+
+/// A process's memory now. What is mapped at least nearly as large as the guest's memory is the
+/// guest's.
+pub fn memory_of(process: u32) -> Result<Memory> {
+    let text = fs::read_to_string(format!("/proc/{process}/smaps"))?;
+    let mut memory = Memory { own: 0, guest: 0 };
+    let mut in_guest = false;
+    for line in text.lines() {
+        let Some((name, value)) = line.split_once(':') else { continue };
+        let value = value.trim().trim_end_matches(" kB").parse();
+        match (name, value) {
+            ("Size", Ok(size)) => {
+                let size: u64 = size;
+                in_guest = size >= MEMORY_MIB * 1024 * 3 / 4;
+            }
+            ("Pss", Ok(pss)) if in_guest => memory.guest += pss,
+            ("Pss", Ok(pss)) => memory.own += pss,
+            _ => {}
+        }
+    }
+    ensure!(memory.guest > 0, "no mapping of the process is as large as the guest's memory");
+    Ok(memory)
 }
