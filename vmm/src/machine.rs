@@ -24,7 +24,7 @@ use devices::virtio::balloon::{Balloon, BalloonOptions};
 use devices::virtio::block::{Block, BlockOptions, Disk};
 use devices::virtio::mem::{Mem, MemOptions};
 use devices::virtio::net::{Net, NetOptions, Tap};
-use devices::virtio::pmem::{self, Pmem, PmemFile};
+use devices::virtio::pmem::Pmem;
 use devices::virtio::rng::{Rng, RngOptions};
 use devices::virtio::vsock::Vsock as VsockDevice;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs};
@@ -35,9 +35,11 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::device_manager::{DeviceManager, Subscriber, VirtioSlot};
 use crate::memory::MemoryOptions;
 use crate::metadata::Link;
+use crate::pci::Pci;
+use crate::pmem::PmemPlaces;
 use crate::slots::HotplugSlots;
 use crate::snapshot::memory_file::DirtyPages;
-use crate::snapshot::{MachineState, SavedDevice, VmState, saved_msrs};
+use crate::snapshot::{MachineState, SavedDevice, SavedRegisters, VmState, saved_msrs};
 use crate::vcpu::{Buses, HaltSwitch, Vcpu};
 use crate::{StartError, cpu_template, limits, memory, slots, vcpu};
 
@@ -56,6 +58,8 @@ pub struct Handed {
     pub boot_timer: Option<Instant>,
     /// The metadata service, where the description puts it on an interface.
     pub metadata: Option<Arc<Mutex<Mmds>>>,
+    /// Virtio devices are on a PCI bus; a machine from a snapshot has what that has.
+    pub pci: bool,
 }
 
 /// A machine whose processors run, or stand still.
@@ -64,10 +68,14 @@ pub struct Running {
     memory: GuestMemory,
     vcpus: Vec<Vcpu>,
     slots: Vec<VirtioSlot>,
+    pci: Option<Pci>,
+    pmem: PmemPlaces,
     /// What the API may change later.
     pub devices: Devices,
     /// To be served by the event loop.
     pub subscribers: Vec<Subscriber>,
+    /// Not to be served by the event loop any more.
+    pub unplugged: Vec<Subscriber>,
     /// The guest's ways to end.
     pub power: Arc<PowerSwitch>,
     /// The processors' ways to end.
@@ -151,7 +159,7 @@ pub fn restore(
     if state.vcpus.len() != usize::from(config.vcpu_count) {
         return Err(damaged("its number of processors is not that of its description"));
     }
-    let parts = Parts::assemble(&state.description, &memory, handed, state.serial.as_ref())?;
+    let parts = Parts::assemble(&state.description, &memory, handed, Some(state))?;
     let supported = parts
         .kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -169,13 +177,16 @@ pub fn restore(
     if state.devices.len() != parts.manager.slots.len() {
         return Err(damaged("its devices are not those of its description"));
     }
-    for (slot, saved) in parts.manager.slots.iter().zip(&state.devices) {
-        if slot.name != saved.name {
-            return Err(damaged("its devices are not those of its description"));
-        }
-        let failed = || StartError::device::<devices::virtio::RestoreError>(slot.name.clone());
-        lock(&slot.device).restore(saved.device.clone()).map_err(failed())?;
-        lock(&slot.registers).restore(&saved.registers).map_err(failed())?;
+    for slot in &parts.manager.slots {
+        let device_type = slot.device_type();
+        let same =
+            |saved: &&SavedDevice| (saved.device_type, &saved.name) == (device_type, &slot.name);
+        let saved = state.devices.iter().find(same);
+        let saved = saved.ok_or_else(|| damaged("its devices are not those of its description"))?;
+        slot.restore(saved, parts.manager.pci.as_ref())?;
+    }
+    if let (Some(pci), Some(state)) = (&parts.manager.pci, &state.pci) {
+        pci.restore(state);
     }
     if let Some(vsock) = &parts.devices.vsock {
         lock(vsock).transport_reset();
@@ -207,16 +218,13 @@ impl Running {
     /// The state of a machine that stands still.
     pub fn save(&self, description: &ConfigFile) -> Result<MachineState, StartError> {
         let vcpus = vcpu::save_all(&self.vcpus)?;
-        let devices = self.slots.iter().map(|slot| SavedDevice {
-            name: slot.name.clone(),
-            registers: lock(&slot.registers).save(),
-            device: lock(&slot.device).save(),
-        });
         Ok(MachineState {
             description: description.clone(),
             vcpus,
             vm: VmState::save(&self.vm)?,
-            devices: devices.collect(),
+            devices: self.slots.iter().map(VirtioSlot::save).collect(),
+            pci: self.pci.as_ref().map(Pci::save),
+            pmem: self.pmem.save(),
             serial: self.serial.as_ref().map(|serial| lock(serial).save()),
         })
     }
@@ -257,6 +265,7 @@ struct Parts {
     vm: Arc<VmFd>,
     manager: DeviceManager,
     devices: Devices,
+    pmem: PmemPlaces,
     root: Option<RootDevice>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     power: Arc<PowerSwitch>,
@@ -268,12 +277,13 @@ impl Parts {
         description: &ConfigFile,
         memory: &GuestMemory,
         mut handed: Handed,
-        serial: Option<&SerialPortState>,
+        saved: Option<&MachineState>,
     ) -> Result<Parts, StartError> {
         let kvm = open_kvm()?;
         let vm = kvm.create_vm().map_err(StartError::kvm("KVM_CREATE_VM"))?;
         let vm = Arc::new(vm);
         slots::set_ram(&vm, &memory::ram(memory, &memory_options(description))?)?;
+        let (mut pmem, files) = pmem(&vm, description, saved)?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(StartError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.set_tss_address(layout::KVM_TSS as usize)
@@ -282,14 +292,28 @@ impl Parts {
         let power = PowerSwitch::new().map_err(StartError::host("eventfd"))?;
         let halt = HaltSwitch::new().map_err(StartError::host("eventfd"))?;
         let mut manager = DeviceManager::default();
+        let serial = saved.and_then(|saved| saved.serial.as_ref());
         let serial = add_legacy(&mut manager, description, &power, serial)?;
         if let Some(since) = handed.boot_timer {
             manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(Some(since)))?;
         }
         let mut devices = Devices::default();
+        if match saved {
+            Some(saved) => saved.pci.is_some(),
+            None => handed.pci,
+        } {
+            let memory_64 = match saved.and_then(|saved| saved.pci.as_ref()) {
+                Some(state) => state.memory_64,
+                None => layout::pci_memory_64(pmem.end()),
+            };
+            pmem.set_limit(memory_64);
+            manager.pci = Some(Pci::new(&vm, memory_64, &mut manager)?);
+            manager.pci_slots = saved.map(pci_slots).unwrap_or_default();
+        }
         let root = add_virtio(&mut manager, &mut devices, memory, description, &mut handed)?;
-        let root = add_memory(&mut manager, &mut devices, memory, description, &vm)?.or(root);
-        Ok(Parts { kvm, vm, manager, devices, root, serial, power, halt })
+        add_hotplug_memory(&mut manager, &mut devices, memory, description, &vm)?;
+        let root = add_pmem(&mut manager, memory, description, files, &pmem)?.or(root);
+        Ok(Parts { kvm, vm, manager, devices, pmem, root, serial, power, halt })
     }
 
     fn vm_state(&self, state: &VmState) -> Result<(), StartError> {
@@ -320,8 +344,11 @@ impl Parts {
             memory,
             vcpus,
             slots: manager.slots,
+            pci: manager.pci,
+            pmem: self.pmem,
             devices: self.devices,
             subscribers: manager.subscribers,
+            unplugged: Vec::new(),
             power: self.power,
             halt: self.halt,
             serial: self.serial,
@@ -470,16 +497,15 @@ fn add_virtio(
     Ok(root)
 }
 
-/// Memory of a kind of its own: files as persistent memory, and what can be plugged in.
-fn add_memory(
+/// Memory that can be plugged in.
+fn add_hotplug_memory(
     manager: &mut DeviceManager,
     devices: &mut Devices,
     memory: &GuestMemory,
     description: &ConfigFile,
     vm: &Arc<VmFd>,
-) -> Result<Option<RootDevice>, StartError> {
-    let options = memory_options(description);
-    let start = arch::memory::above(options.bytes()?);
+) -> Result<(), StartError> {
+    let start = arch::memory::above(memory_options(description).bytes()?);
     if let Some(config) = &description.memory_hotplug {
         let options = MemOptions {
             total_size_mib: config.total_size_mib,
@@ -492,26 +518,49 @@ fn add_memory(
         devices.hotplug = Some(manager.add_virtio(memory, "memory", device)?);
         devices.hotplug_slots = Some(slots);
     }
+    Ok(())
+}
+
+/// Files as persistent memory, which the guest's address space is arranged around.
+fn pmem(
+    vm: &Arc<VmFd>,
+    description: &ConfigFile,
+    saved: Option<&MachineState>,
+) -> Result<(PmemPlaces, Vec<Pmem>), StartError> {
+    let options = memory_options(description);
+    let end = GuestAddress(arch::memory::above(options.bytes()?).0 + options.hotplug);
+    let mut places = PmemPlaces::new(vm.clone(), end);
+    let saved = saved.map_or(&[][..], |saved| &saved.pmem);
+    let files = description.pmem.iter().map(|config| places.add(config, saved));
+    let files = files.collect::<Result<_, _>>()?;
+    Ok((places, files))
+}
+
+fn add_pmem(
+    manager: &mut DeviceManager,
+    memory: &GuestMemory,
+    description: &ConfigFile,
+    files: Vec<Pmem>,
+    places: &PmemPlaces,
+) -> Result<Option<RootDevice>, StartError> {
     let mut root = None;
-    let mut address = GuestAddress((start.0 + options.hotplug).next_multiple_of(1 << 30));
-    for (number, config) in (0..).zip(&description.pmem) {
-        let id = &config.id;
-        let file = PmemFile::open(&config.path_on_host, config.read_only)
-            .map_err(StartError::device(format!("pmem {id}")))?;
-        let place = (file.host_address(), file.size());
-        // SAFETY: the device keeps the mapping, and is kept itself by the processors' bus, whose
-        // threads live as long as the process.
-        unsafe { slots::set_pmem(vm, number, address, place, config.read_only) }?;
-        let next = (address.0 + file.size()).next_multiple_of(pmem::ALIGNMENT);
-        let device = Pmem::new(id, file, address).map_err(StartError::device(id))?;
-        manager.add_virtio(memory, id, device)?;
-        if config.root_device {
+    for (config, device) in description.pmem.iter().zip(files) {
+        manager.add_virtio(memory, &config.id, device)?;
+        if let Some(number) = places.number(&config.id).filter(|_| config.root_device) {
             let name = format!("/dev/pmem{number}");
             root = Some(RootDevice { name, read_only: config.read_only });
         }
-        address = GuestAddress(next);
     }
     Ok(root)
+}
+
+/// In which slot each device was.
+fn pci_slots(saved: &MachineState) -> HashMap<(u32, String), u8> {
+    let place = |device: &SavedDevice| match device.registers {
+        SavedRegisters::Mmio(_) => None,
+        SavedRegisters::Pci { slot, .. } => Some(((device.device_type, device.name.clone()), slot)),
+    };
+    saved.devices.iter().filter_map(place).collect()
 }
 
 /// Refuses one file behind two drives unless both only read it: two writers, or a writer behind the
@@ -591,6 +640,7 @@ fn load(
         vcpus: config.vcpu_count,
         virtio: parts.manager.virtio.clone(),
         serial: parts.serial.is_some(),
+        pci: parts.manager.pci.as_ref().map(Pci::host),
         ..Platform::default()
     };
     let rsdp = acpi::write(memory, &platform)?;
