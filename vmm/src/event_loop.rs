@@ -1,11 +1,12 @@
 //! The loop that serves devices until the machine ends.
 
+use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
+use api_server::machine::exit_status;
 use api_server::machine::server::Call;
-use api_server::machine::{Machine, exit_status};
 use devices::legacy::power::{PowerRequest, PowerSwitch};
 use devices::legacy::serial::SerialPort;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -82,11 +83,9 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
         events.add_subscriber(Arc::new(Mutex::new(Wake(event))));
     }
     let mut terminal = None;
+    let mut served = HashMap::new();
     loop {
         if let Some(running) = controller.take_up() {
-            for device in running.subscribers.drain(..) {
-                events.add_subscriber(device);
-            }
             let guest = GuestEnd {
                 power: running.power.clone(),
                 halt: running.halt.clone(),
@@ -97,8 +96,21 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
                 events.add_subscriber(Arc::new(Mutex::new(SerialInput::new(serial))));
                 terminal = Some(RawTerminal::enter());
             }
+            if let Some(event) = running.ejection_event() {
+                let event = event.map_err(StartError::host("eventfd"))?;
+                events.add_subscriber(Arc::new(Mutex::new(Wake(event))));
+            }
         }
-        if let Err(error) = events.run() {
+        let (unplugged, plugged) = controller.take_changes();
+        for device in unplugged {
+            if let Some(id) = served.remove(&address(&device)) {
+                let _ = events.remove_subscriber(id);
+            }
+        }
+        for device in plugged {
+            served.insert(address(&device), events.add_subscriber(device));
+        }
+        if let Err(error) = events.run_with_timeout(controller.patience()) {
             tracing::error!(?error, "event loop");
         }
         let status = lock(&end).status;
@@ -107,11 +119,15 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
             return Ok(status);
         }
         for call in calls.iter().flat_map(|calls| calls.calls.try_iter()) {
-            let answer = controller.handle(call.request);
-            // A client that has gone does not hear of it.
-            let _ = call.reply.send(answer);
+            controller.call(call);
         }
+        controller.settle();
     }
+}
+
+/// What a device is known by, as long as it is served.
+fn address(device: &Subscriber) -> *const () {
+    Arc::as_ptr(device).cast()
 }
 
 /// Why the machine ends; and the signals that end it.

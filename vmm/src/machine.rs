@@ -1,6 +1,8 @@
 //! Putting a machine together, in the order that KVM is quickest with: memory slots before the
 //! interrupt controllers, notifications last, and no slot changed after that.
 
+mod hotplug;
+
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -11,7 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
-use api_server::machine::{BootSource, CacheType, CpuConfig, Drive, MachineConfig};
+use api_server::machine::{
+    BootSource, CacheType, CpuConfig, Drive, MachineConfig, MmdsConfig, NetworkInterface,
+};
 use arch::acpi::{self, Platform};
 use arch::boot::{self, Entry, LoadedKernel};
 use arch::cpuid::{self, Topology};
@@ -76,6 +80,8 @@ pub struct Running {
     pub subscribers: Vec<Subscriber>,
     /// Not to be served by the event loop any more.
     pub unplugged: Vec<Subscriber>,
+    /// What the guest let go of, by device type and name.
+    pub ejected: Vec<(u32, String)>,
     /// The guest's ways to end.
     pub power: Arc<PowerSwitch>,
     /// The processors' ways to end.
@@ -349,6 +355,7 @@ impl Parts {
             devices: self.devices,
             subscribers: manager.subscribers,
             unplugged: Vec::new(),
+            ejected: Vec::new(),
             power: self.power,
             halt: self.halt,
             serial: self.serial,
@@ -419,14 +426,7 @@ fn add_virtio(
         description.drives.iter().partition(|drive| drive.is_root_device);
     for drive in roots.into_iter().chain(others) {
         let id = &drive.drive_id;
-        let path = drive.check().map_err(StartError::device(format!("drive {id}")))?;
-        let disk = Disk::open(path, drive.is_read_only)
-            .map_err(|error| StartError::Drive { id: id.clone(), error })?;
-        let rate_limiter =
-            limits::limiter(drive.rate_limiter.as_ref()).map_err(StartError::device(id))?;
-        let flush = drive.cache_type == CacheType::Writeback;
-        let options = BlockOptions { id: id.clone(), flush, rate_limiter };
-        let block = Block::new(options, disk).map_err(StartError::device(id))?;
+        let block = make_block(drive)?;
         devices.drives.insert(id.clone(), manager.add_virtio(memory, id, block)?);
         if drive.is_root_device {
             let partition = drive.partuuid.as_ref().map(|id| format!("PARTUUID={id}"));
@@ -436,30 +436,8 @@ fn add_virtio(
     }
     for interface in &description.network_interfaces {
         let id = &interface.iface_id;
-        let failed = || StartError::device::<std::io::Error>(format!("interface {id}"));
-        let mac = interface.check().map_err(StartError::device(format!("interface {id}")))?;
-        let tap = match handed.taps.remove(id) {
-            Some(descriptor) => Tap::from_descriptor(descriptor),
-            None => Tap::open(&interface.host_dev_name),
-        };
-        let name = format!("interface {id}: TAP {}", interface.host_dev_name);
-        let tap = tap.map_err(StartError::device::<std::io::Error>(name))?;
-        let options = NetOptions {
-            id: id.clone(),
-            mac,
-            mtu: interface.mtu,
-            rx_rate_limiter: limits::limiter(interface.rx_rate_limiter.as_ref())
-                .map_err(failed())?,
-            tx_rate_limiter: limits::limiter(interface.tx_rate_limiter.as_ref())
-                .map_err(failed())?,
-        };
-        let mut net = Net::new(options, tap).map_err(failed())?;
-        if let (Some(config), Some(service)) = (&description.mmds_config, &handed.metadata)
-            && config.network_interfaces.contains(id)
-        {
-            let link = Link::new(config, service.clone())?;
-            net.set_responder(Box::new(link)).map_err(failed())?;
-        }
+        let metadata = description.mmds_config.as_ref().zip(handed.metadata.as_ref());
+        let net = make_net(interface, handed.taps.remove(id), metadata)?;
         devices.interfaces.insert(id.clone(), manager.add_virtio(memory, id, net)?);
     }
     if let Some(vsock) = &description.vsock {
@@ -495,6 +473,51 @@ fn add_virtio(
         manager.add_virtio(memory, "console", console)?;
     }
     Ok(root)
+}
+
+fn make_block(drive: &Drive) -> Result<Block, StartError> {
+    let id = &drive.drive_id;
+    let path = drive.check().map_err(StartError::device(format!("drive {id}")))?;
+    let disk = Disk::open(path, drive.is_read_only)
+        .map_err(|error| StartError::Drive { id: id.clone(), error })?;
+    let rate_limiter =
+        limits::limiter(drive.rate_limiter.as_ref()).map_err(StartError::device(id))?;
+    let flush = drive.cache_type == CacheType::Writeback;
+    let options = BlockOptions { id: id.clone(), flush, rate_limiter };
+    Block::new(options, disk).map_err(StartError::device(id))
+}
+
+/// An interface over its TAP or one that somebody else opened, with the metadata service where its
+/// configuration names the interface.
+fn make_net(
+    interface: &NetworkInterface,
+    tap: Option<OwnedFd>,
+    metadata: Option<(&MmdsConfig, &Arc<Mutex<Mmds>>)>,
+) -> Result<Net, StartError> {
+    let id = &interface.iface_id;
+    let failed = || StartError::device::<std::io::Error>(format!("interface {id}"));
+    let mac = interface.check().map_err(StartError::device(format!("interface {id}")))?;
+    let tap = match tap {
+        Some(descriptor) => Tap::from_descriptor(descriptor),
+        None => Tap::open(&interface.host_dev_name),
+    };
+    let name = format!("interface {id}: TAP {}", interface.host_dev_name);
+    let tap = tap.map_err(StartError::device::<std::io::Error>(name))?;
+    let options = NetOptions {
+        id: id.clone(),
+        mac,
+        mtu: interface.mtu,
+        rx_rate_limiter: limits::limiter(interface.rx_rate_limiter.as_ref()).map_err(failed())?,
+        tx_rate_limiter: limits::limiter(interface.tx_rate_limiter.as_ref()).map_err(failed())?,
+    };
+    let mut net = Net::new(options, tap).map_err(failed())?;
+    if let Some((config, service)) = metadata
+        && config.network_interfaces.contains(id)
+    {
+        let link = Link::new(config, service.clone())?;
+        net.set_responder(Box::new(link)).map_err(failed())?;
+    }
+    Ok(net)
 }
 
 /// Memory that can be plugged in.

@@ -106,20 +106,21 @@ impl Pci {
         Ok(PciSlot { number, transport })
     }
 
-    /// Puts a device into a slot and tells the running guest. Slots that were ejected meanwhile are
-    /// given to `ejected` first, since one of them may be the one that is filled.
+    /// Puts a device into a slot and tells the running guest. Also returns the slots that were ejected
+    /// before, as [`take_ejected`](Self::take_ejected) does: the one that is filled may be among them.
     pub fn plug(
         &self,
         memory: &GuestMemory,
         name: &str,
         device: Arc<Mutex<dyn VirtioDevice>>,
-        ejected: impl FnOnce(Vec<u8>),
-    ) -> Result<PciSlot, StartError> {
+    ) -> (Vec<u8>, Result<PciSlot, StartError>) {
         let mut hot_plug = lock(&self.hot_plug);
-        ejected(self.forget(hot_plug.take_ejected()));
-        let slot = self.insert(memory, name, None, device)?;
-        hot_plug.plugged(slot.number);
-        Ok(slot)
+        let ejected = self.forget(hot_plug.take_ejected());
+        let slot = self.insert(memory, name, None, device);
+        if let Ok(slot) = &slot {
+            hot_plug.plugged(slot.number);
+        }
+        (ejected, slot)
     }
 
     /// Asks the guest to let go of the device in a slot.
@@ -134,8 +135,7 @@ impl Pci {
 
     /// Slots that the guest let go of since this was last asked; their functions are off the bus.
     pub fn take_ejected(&self) -> Vec<u8> {
-        let ejected = lock(&self.hot_plug).take_ejected();
-        self.forget(ejected)
+        self.forget(lock(&self.hot_plug).take_ejected())
     }
 
     fn forget(&self, ejected: Vec<u8>) -> Vec<u8> {
