@@ -11,6 +11,7 @@ mod faults;
 mod images;
 mod monitor;
 mod network;
+mod pci;
 mod process;
 mod rootfs;
 mod terminal;
