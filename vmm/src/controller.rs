@@ -38,6 +38,8 @@ pub struct Controller {
     fresh: bool,
     /// Devices that are to go.
     removals: Vec<hotplug::Removal>,
+    /// Devices that are gone, which nobody has been told yet.
+    removed: Vec<hotplug::Removal>,
 }
 
 /// Any error of ours as a refusal.
@@ -62,6 +64,7 @@ impl Controller {
             metadata_limit,
             fresh: false,
             removals: Vec::new(),
+            removed: Vec::new(),
         }
     }
 

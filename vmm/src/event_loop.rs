@@ -101,6 +101,7 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
                 events.add_subscriber(Arc::new(Mutex::new(Wake(event))));
             }
         }
+        controller.settle();
         let (unplugged, plugged) = controller.take_changes();
         for device in unplugged {
             if let Some(id) = served.remove(&address(&device)) {
@@ -110,6 +111,7 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
         for device in plugged {
             served.insert(address(&device), events.add_subscriber(device));
         }
+        controller.answer();
         if let Err(error) = events.run_with_timeout(controller.patience()) {
             tracing::error!(?error, "event loop");
         }
@@ -121,7 +123,6 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
         for call in calls.iter().flat_map(|calls| calls.calls.try_iter()) {
             controller.call(call);
         }
-        controller.settle();
     }
 }
 

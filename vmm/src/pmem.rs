@@ -22,6 +22,12 @@ pub struct PmemPlace {
     addresses: Range<u64>,
 }
 
+impl PmemPlace {
+    fn size(&self) -> u64 {
+        self.addresses.end.saturating_sub(self.addresses.start)
+    }
+}
+
 /// The places of a machine's files.
 pub struct PmemPlaces {
     vm: Arc<VmFd>,
@@ -61,9 +67,11 @@ impl PmemPlaces {
         let file = PmemFile::open(&config.path_on_host, config.read_only)
             .map_err(StartError::device(format!("pmem {id}")))?;
         let place = match saved.iter().find(|place| place.id == *id) {
-            Some(place)
-                if place.addresses.end.checked_sub(place.addresses.start) != Some(file.size()) =>
-            {
+            // KVM itself refuses one place for two.
+            Some(place) if place.number >= MOST || place.addresses.start < self.addresses.start => {
+                return Err(failed("a snapshot has it where it cannot be"));
+            }
+            Some(place) if place.size() != file.size() => {
                 return Err(failed("its file has another size than in the snapshot"));
             }
             Some(place) => place.clone(),

@@ -63,7 +63,8 @@ impl Controller {
         (std::mem::take(&mut running.unplugged), std::mem::take(&mut running.subscribers))
     }
 
-    /// Forgets what the guest let go of, and answers those who wait for it or have waited too long.
+    /// Forgets what the guest let go of. Its files and TAPs are free once the event loop has taken up
+    /// the change; those who wait for it hear of it then, by [`answer`](Self::answer).
     pub fn settle(&mut self) {
         let Some(running) = &mut self.running else { return };
         running.take_ejected();
@@ -71,9 +72,15 @@ impl Controller {
             self.forget(device_type, &name);
             let same =
                 |removal: &mut Removal| removal.device_type == device_type && removal.name == name;
-            for removal in self.removals.extract_if(.., same) {
-                let _ = removal.reply.send(Ok(MachineAnswer::Done));
-            }
+            self.removed.extend(self.removals.extract_if(.., same));
+        }
+    }
+
+    /// Answers those whose device is gone, and those who have waited too long.
+    pub fn answer(&mut self) {
+        for removal in self.removed.drain(..) {
+            // A client that has gone does not hear of it.
+            let _ = removal.reply.send(Ok(MachineAnswer::Done));
         }
         let now = Instant::now();
         for removal in self.removals.extract_if(.., |removal| removal.deadline <= now) {
