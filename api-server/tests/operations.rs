@@ -246,6 +246,7 @@ fn name(method: Method) -> &'static str {
         Method::Get => "GET",
         Method::Put => "PUT",
         Method::Patch => "PATCH",
+        Method::Delete => "DELETE",
     }
 }
 

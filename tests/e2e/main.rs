@@ -12,6 +12,7 @@ mod faults;
 mod images;
 mod monitor;
 mod network;
+mod pci;
 mod process;
 mod rootfs;
 mod snapshots;

@@ -1,5 +1,7 @@
 //! Answers requests: collects what the machine is made of, starts it, and changes it while it runs.
 
+mod hotplug;
+
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -9,8 +11,8 @@ use std::time::Instant;
 use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{
     BackendType, HugePages, InstanceInfo, InstanceState, Machine, MachineAnswer, MachineConfig,
-    MachineError, MachineRequest, MmdsConfig, PartialDrive, PartialNetworkInterface, RestoredPages,
-    SnapshotCreate, SnapshotLoad, SnapshotType,
+    MachineError, MachineRequest, MmdsConfig, NetworkInterface, PartialDrive,
+    PartialNetworkInterface, RestoredPages, SnapshotCreate, SnapshotLoad, SnapshotType,
 };
 use devices::virtio::balloon::Balloon;
 use devices::virtio::block::Disk;
@@ -38,6 +40,10 @@ pub struct Controller {
     metadata_limit: usize,
     /// The event loop has not taken up the machine yet.
     fresh: bool,
+    /// Devices that are to go.
+    removals: Vec<hotplug::Removal>,
+    /// Devices that are gone, which nobody has been told yet.
+    removed: Vec<hotplug::Removal>,
 }
 
 /// Any error of ours as a refusal.
@@ -63,6 +69,8 @@ impl Controller {
             metadata: None,
             metadata_limit,
             fresh: false,
+            removals: Vec::new(),
+            removed: Vec::new(),
         }
     }
 
@@ -159,7 +167,7 @@ impl Controller {
     /// Describes the machine; refused once it is there.
     fn describe(&mut self, request: MachineRequest) -> Result<(), MachineError> {
         if self.running.is_some() {
-            return Err(MachineError::new(AFTER_START));
+            return self.plug(request);
         }
         let description = &mut self.description;
         match request {
@@ -189,13 +197,7 @@ impl Controller {
             }
             MachineRequest::PutNetworkInterface(interface) => {
                 interface.check()?;
-                let others = description.network_interfaces.iter();
-                let mut others = others.filter(|other| other.iface_id != interface.iface_id);
-                if let Some(mac) = &interface.guest_mac
-                    && others.any(|other| other.guest_mac.as_ref() == Some(mac))
-                {
-                    return Err(refused(format!("The MAC address is already in use: {mac}")));
-                }
+                check_mac(description, &interface)?;
                 let interfaces = &mut description.network_interfaces;
                 replace(interfaces, interface, |interface| &interface.iface_id);
             }
@@ -445,6 +447,18 @@ impl Controller {
     }
 }
 
+/// Refuses two interfaces with one MAC address.
+fn check_mac(description: &ConfigFile, interface: &NetworkInterface) -> Result<(), MachineError> {
+    let others = description.network_interfaces.iter();
+    let mut others = others.filter(|other| other.iface_id != interface.iface_id);
+    if let Some(mac) = &interface.guest_mac
+        && others.any(|other| other.guest_mac.as_ref() == Some(mac))
+    {
+        return Err(refused(format!("The MAC address is already in use: {mac}")));
+    }
+    Ok(())
+}
+
 /// Refuses a file that is not there, before it is needed.
 fn readable(path: &Path) -> Result<(), MachineError> {
     match path.metadata() {
@@ -564,7 +578,11 @@ impl Machine for Controller {
                 self.running()?.resume().map_err(refused)?;
                 self.paused = false;
             }
-            MachineRequest::CreateSnapshot(create) => self.create(&create)?,
+            MachineRequest::CreateSnapshot(create) => {
+                // A device that is gone is no part of it.
+                self.settle();
+                self.create(&create)?;
+            }
             MachineRequest::SendCtrlAltDel => {
                 self.running()?;
                 return Err(MachineError::new(

@@ -1,5 +1,6 @@
 //! The loop that serves devices until the machine ends.
 
+use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -89,11 +90,9 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
     let metrics = Arc::new(Mutex::new(Metronome::new(METRICS_INTERVAL)?));
     events.add_subscriber(metrics.clone());
     let mut terminal = None;
+    let mut served = HashMap::new();
     loop {
         if let Some(running) = controller.take_up() {
-            for device in running.subscribers.drain(..) {
-                events.add_subscriber(device);
-            }
             let guest = GuestEnd {
                 power: running.power.clone(),
                 halt: running.halt.clone(),
@@ -104,8 +103,23 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
                 events.add_subscriber(Arc::new(Mutex::new(SerialInput::new(serial))));
                 terminal = Some(RawTerminal::enter());
             }
+            if let Some(event) = running.ejection_event() {
+                let event = event.map_err(StartError::host("eventfd"))?;
+                events.add_subscriber(Arc::new(Mutex::new(Wake(event))));
+            }
         }
-        match events.run() {
+        controller.settle();
+        let (unplugged, plugged) = controller.take_changes();
+        for device in unplugged {
+            if let Some(id) = served.remove(&address(&device)) {
+                let _ = events.remove_subscriber(id);
+            }
+        }
+        for device in plugged {
+            served.insert(address(&device), events.add_subscriber(device));
+        }
+        controller.answer();
+        match events.run_with_timeout(controller.patience()) {
             Ok(count) => controller.metrics().served_events(count),
             Err(error) => tracing::error!(?error, "event loop"),
         }
@@ -120,11 +134,14 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
             controller.write_metrics();
         }
         for call in calls.iter().flat_map(|calls| calls.calls.try_iter()) {
-            let answer = controller.serve(call.request, call.received);
-            // A client that has gone does not hear of it.
-            let _ = call.reply.send(answer);
+            controller.call(call);
         }
     }
+}
+
+/// What a device is known by, as long as it is served.
+fn address(device: &Subscriber) -> *const () {
+    Arc::as_ptr(device).cast()
 }
 
 /// Tells when it is time for another line of metrics.

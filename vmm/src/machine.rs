@@ -1,6 +1,8 @@
 //! Putting a machine together, in the order that KVM is quickest with: memory slots before the
 //! interrupt controllers, notifications last, and no slot changed after that.
 
+mod hotplug;
+
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -11,7 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
-use api_server::machine::{BootSource, CacheType, CpuConfig, Drive, IoEngine, MachineConfig};
+use api_server::machine::{
+    BootSource, CacheType, CpuConfig, Drive, IoEngine, MachineConfig, MmdsConfig, NetworkInterface,
+};
 use arch::acpi::{self, GenerationId, Platform};
 use arch::boot::{self, Entry, LoadedKernel};
 use arch::cpuid::{self, Topology};
@@ -25,7 +29,7 @@ use devices::virtio::balloon::{Balloon, BalloonOptions};
 use devices::virtio::block::{Block, BlockOptions, Disk, Engine};
 use devices::virtio::mem::{Mem, MemOptions};
 use devices::virtio::net::{Net, NetOptions, Tap};
-use devices::virtio::pmem::{self, Pmem, PmemFile};
+use devices::virtio::pmem::Pmem;
 use devices::virtio::rng::{Rng, RngOptions};
 use devices::virtio::vsock::Vsock as VsockDevice;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs};
@@ -38,9 +42,11 @@ use crate::generation::Generation;
 use crate::memory::MemoryOptions;
 use crate::metadata::Link;
 use crate::metrics::Sample;
+use crate::pci::Pci;
+use crate::pmem::PmemPlaces;
 use crate::slots::HotplugSlots;
 use crate::snapshot::memory_file::DirtyPages;
-use crate::snapshot::{MachineState, SavedDevice, VmState, saved_msrs};
+use crate::snapshot::{MachineState, SavedDevice, SavedRegisters, VmState, saved_msrs};
 use crate::vcpu::{Buses, HaltSwitch, Vcpu};
 use crate::{StartError, cpu_template, generation, limits, memory, slots, vcpu};
 
@@ -59,6 +65,8 @@ pub struct Handed {
     pub boot_timer: Option<Instant>,
     /// The metadata service, where the description puts it on an interface.
     pub metadata: Option<Arc<Mutex<Mmds>>>,
+    /// Virtio devices are on a PCI bus; a machine from a snapshot has what that has.
+    pub pci: bool,
 }
 
 /// A machine whose processors run, or stand still.
@@ -68,10 +76,16 @@ pub struct Running {
     vcpus: Vec<Vcpu>,
     slots: Vec<VirtioSlot>,
     pio: Arc<Bus>,
+    pci: Option<Pci>,
+    pmem: PmemPlaces,
     /// What the API may change later.
     pub devices: Devices,
     /// To be served by the event loop.
     pub subscribers: Vec<Subscriber>,
+    /// Not to be served by the event loop any more.
+    pub unplugged: Vec<Subscriber>,
+    /// What the guest let go of, by device type and name.
+    pub ejected: Vec<(u32, String)>,
     /// The guest's ways to end.
     pub power: Arc<PowerSwitch>,
     /// The processors' ways to end.
@@ -156,7 +170,7 @@ pub fn restore(
     if state.vcpus.len() != usize::from(config.vcpu_count) {
         return Err(damaged("its number of processors is not that of its description"));
     }
-    let parts = Parts::assemble(&state.description, &memory, handed, state.serial.as_ref())?;
+    let parts = Parts::assemble(&state.description, &memory, handed, Some(state))?;
     let supported = parts
         .kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -174,13 +188,16 @@ pub fn restore(
     if state.devices.len() != parts.manager.slots.len() {
         return Err(damaged("its devices are not those of its description"));
     }
-    for (slot, saved) in parts.manager.slots.iter().zip(&state.devices) {
-        if slot.name != saved.name {
-            return Err(damaged("its devices are not those of its description"));
-        }
-        let failed = || StartError::device::<devices::virtio::RestoreError>(slot.name.clone());
-        lock(&slot.device).restore(saved.device.clone()).map_err(failed())?;
-        lock(&slot.registers).restore(&saved.registers).map_err(failed())?;
+    for slot in &parts.manager.slots {
+        let device_type = slot.device_type();
+        let same =
+            |saved: &&SavedDevice| (saved.device_type, &saved.name) == (device_type, &slot.name);
+        let saved = state.devices.iter().find(same);
+        let saved = saved.ok_or_else(|| damaged("its devices are not those of its description"))?;
+        slot.restore(saved, parts.manager.pci.as_ref())?;
+    }
+    if let (Some(pci), Some(state)) = (&parts.manager.pci, &state.pci) {
+        pci.restore(state);
     }
     if let Some(vsock) = &parts.devices.vsock {
         lock(vsock).transport_reset();
@@ -215,16 +232,13 @@ impl Running {
         // First: it interrupts processors and writes memory.
         self.slots.iter().for_each(|slot| lock(&slot.device).drain());
         let vcpus = vcpu::save_all(&self.vcpus)?;
-        let devices = self.slots.iter().map(|slot| SavedDevice {
-            name: slot.name.clone(),
-            registers: lock(&slot.registers).save(),
-            device: lock(&slot.device).save(),
-        });
         Ok(MachineState {
             description: description.clone(),
             vcpus,
             vm: VmState::save(&self.vm)?,
-            devices: devices.collect(),
+            devices: self.slots.iter().map(VirtioSlot::save).collect(),
+            pci: self.pci.as_ref().map(Pci::save),
+            pmem: self.pmem.save(),
             serial: self.serial.as_ref().map(|serial| lock(serial).save()),
         })
     }
@@ -280,6 +294,7 @@ struct Parts {
     vm: Arc<VmFd>,
     manager: DeviceManager,
     devices: Devices,
+    pmem: PmemPlaces,
     root: Option<RootDevice>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     power: Arc<PowerSwitch>,
@@ -292,12 +307,13 @@ impl Parts {
         description: &ConfigFile,
         memory: &GuestMemory,
         mut handed: Handed,
-        serial: Option<&SerialPortState>,
+        saved: Option<&MachineState>,
     ) -> Result<Parts, StartError> {
         let kvm = open_kvm()?;
         let vm = kvm.create_vm().map_err(StartError::kvm("KVM_CREATE_VM"))?;
         let vm = Arc::new(vm);
         slots::set_ram(&vm, &memory::ram(memory, &memory_options(description))?)?;
+        let (mut pmem, files) = pmem(&vm, description, saved)?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(StartError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.set_tss_address(layout::KVM_TSS as usize)
@@ -306,15 +322,29 @@ impl Parts {
         let power = PowerSwitch::new().map_err(StartError::host("eventfd"))?;
         let halt = HaltSwitch::new().map_err(StartError::host("eventfd"))?;
         let mut manager = DeviceManager::default();
+        let serial = saved.and_then(|saved| saved.serial.as_ref());
         let serial = add_legacy(&mut manager, description, &power, serial)?;
         if let Some(since) = handed.boot_timer {
             manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(Some(since)))?;
         }
         let mut devices = Devices::default();
+        if match saved {
+            Some(saved) => saved.pci.is_some(),
+            None => handed.pci,
+        } {
+            let memory_64 = match saved.and_then(|saved| saved.pci.as_ref()) {
+                Some(state) => state.memory_64,
+                None => layout::pci_memory_64(pmem.end()),
+            };
+            pmem.set_limit(memory_64);
+            manager.pci = Some(Pci::new(&vm, memory_64, &mut manager)?);
+            manager.pci_slots = saved.map(pci_slots).unwrap_or_default();
+        }
         let root = add_virtio(&mut manager, &mut devices, memory, description, &mut handed)?;
-        let root = add_memory(&mut manager, &mut devices, memory, description, &vm)?.or(root);
+        add_hotplug_memory(&mut manager, &mut devices, memory, description, &vm)?;
+        let root = add_pmem(&mut manager, memory, description, files, &pmem)?.or(root);
         let generation = Generation::new(&mut manager)?;
-        Ok(Parts { kvm, vm, manager, devices, root, serial, power, halt, generation })
+        Ok(Parts { kvm, vm, manager, devices, pmem, root, serial, power, halt, generation })
     }
 
     fn vm_state(&self, state: &VmState) -> Result<(), StartError> {
@@ -347,8 +377,12 @@ impl Parts {
             vcpus,
             slots: manager.slots,
             pio,
+            pci: manager.pci,
+            pmem: self.pmem,
             devices: self.devices,
             subscribers: manager.subscribers,
+            unplugged: Vec::new(),
+            ejected: Vec::new(),
             power: self.power,
             halt: self.halt,
             serial: self.serial,
@@ -419,18 +453,7 @@ fn add_virtio(
         description.drives.iter().partition(|drive| drive.is_root_device);
     for drive in roots.into_iter().chain(others) {
         let id = &drive.drive_id;
-        let path = drive.check().map_err(StartError::device(format!("drive {id}")))?;
-        let disk = Disk::open(path, drive.is_read_only)
-            .map_err(|error| StartError::Drive { id: id.clone(), error })?;
-        let rate_limiter =
-            limits::limiter(drive.rate_limiter.as_ref()).map_err(StartError::device(id))?;
-        let flush = drive.cache_type == CacheType::Writeback;
-        let engine = match drive.io_engine {
-            IoEngine::Sync => Engine::Sync,
-            IoEngine::Async => Engine::Async,
-        };
-        let options = BlockOptions { id: id.clone(), flush, rate_limiter, engine };
-        let block = Block::new(options, disk).map_err(StartError::device(id))?;
+        let block = make_block(drive)?;
         devices.drives.insert(id.clone(), manager.add_virtio(memory, id, block)?);
         if drive.is_root_device {
             let partition = drive.partuuid.as_ref().map(|id| format!("PARTUUID={id}"));
@@ -440,30 +463,8 @@ fn add_virtio(
     }
     for interface in &description.network_interfaces {
         let id = &interface.iface_id;
-        let failed = || StartError::device::<std::io::Error>(format!("interface {id}"));
-        let mac = interface.check().map_err(StartError::device(format!("interface {id}")))?;
-        let tap = match handed.taps.remove(id) {
-            Some(descriptor) => Tap::from_descriptor(descriptor),
-            None => Tap::open(&interface.host_dev_name),
-        };
-        let name = format!("interface {id}: TAP {}", interface.host_dev_name);
-        let tap = tap.map_err(StartError::device::<std::io::Error>(name))?;
-        let options = NetOptions {
-            id: id.clone(),
-            mac,
-            mtu: interface.mtu,
-            rx_rate_limiter: limits::limiter(interface.rx_rate_limiter.as_ref())
-                .map_err(failed())?,
-            tx_rate_limiter: limits::limiter(interface.tx_rate_limiter.as_ref())
-                .map_err(failed())?,
-        };
-        let mut net = Net::new(options, tap).map_err(failed())?;
-        if let (Some(config), Some(service)) = (&description.mmds_config, &handed.metadata)
-            && config.network_interfaces.contains(id)
-        {
-            let link = Link::new(config, service.clone())?;
-            net.set_responder(Box::new(link)).map_err(failed())?;
-        }
+        let metadata = description.mmds_config.as_ref().zip(handed.metadata.as_ref());
+        let net = make_net(interface, handed.taps.remove(id), metadata)?;
         devices.interfaces.insert(id.clone(), manager.add_virtio(memory, id, net)?);
     }
     if let Some(vsock) = &description.vsock {
@@ -501,16 +502,64 @@ fn add_virtio(
     Ok(root)
 }
 
-/// Memory of a kind of its own: files as persistent memory, and what can be plugged in.
-fn add_memory(
+fn make_block(drive: &Drive) -> Result<Block, StartError> {
+    let id = &drive.drive_id;
+    let path = drive.check().map_err(StartError::device(format!("drive {id}")))?;
+    let disk = Disk::open(path, drive.is_read_only)
+        .map_err(|error| StartError::Drive { id: id.clone(), error })?;
+    let rate_limiter =
+        limits::limiter(drive.rate_limiter.as_ref()).map_err(StartError::device(id))?;
+    let flush = drive.cache_type == CacheType::Writeback;
+    let engine = match drive.io_engine {
+        IoEngine::Sync => Engine::Sync,
+        IoEngine::Async => Engine::Async,
+    };
+    let options = BlockOptions { id: id.clone(), flush, rate_limiter, engine };
+    Block::new(options, disk).map_err(StartError::device(id))
+}
+
+/// An interface over its TAP or one that somebody else opened, with the metadata service where its
+/// configuration names the interface.
+fn make_net(
+    interface: &NetworkInterface,
+    tap: Option<OwnedFd>,
+    metadata: Option<(&MmdsConfig, &Arc<Mutex<Mmds>>)>,
+) -> Result<Net, StartError> {
+    let id = &interface.iface_id;
+    let failed = || StartError::device::<std::io::Error>(format!("interface {id}"));
+    let mac = interface.check().map_err(StartError::device(format!("interface {id}")))?;
+    let tap = match tap {
+        Some(descriptor) => Tap::from_descriptor(descriptor),
+        None => Tap::open(&interface.host_dev_name),
+    };
+    let name = format!("interface {id}: TAP {}", interface.host_dev_name);
+    let tap = tap.map_err(StartError::device::<std::io::Error>(name))?;
+    let options = NetOptions {
+        id: id.clone(),
+        mac,
+        mtu: interface.mtu,
+        rx_rate_limiter: limits::limiter(interface.rx_rate_limiter.as_ref()).map_err(failed())?,
+        tx_rate_limiter: limits::limiter(interface.tx_rate_limiter.as_ref()).map_err(failed())?,
+    };
+    let mut net = Net::new(options, tap).map_err(failed())?;
+    if let Some((config, service)) = metadata
+        && config.network_interfaces.contains(id)
+    {
+        let link = Link::new(config, service.clone())?;
+        net.set_responder(Box::new(link)).map_err(failed())?;
+    }
+    Ok(net)
+}
+
+/// Memory that can be plugged in.
+fn add_hotplug_memory(
     manager: &mut DeviceManager,
     devices: &mut Devices,
     memory: &GuestMemory,
     description: &ConfigFile,
     vm: &Arc<VmFd>,
-) -> Result<Option<RootDevice>, StartError> {
-    let options = memory_options(description);
-    let start = arch::memory::above(options.bytes()?);
+) -> Result<(), StartError> {
+    let start = arch::memory::above(memory_options(description).bytes()?);
     if let Some(config) = &description.memory_hotplug {
         let options = MemOptions {
             total_size_mib: config.total_size_mib,
@@ -523,26 +572,49 @@ fn add_memory(
         devices.hotplug = Some(manager.add_virtio(memory, "memory", device)?);
         devices.hotplug_slots = Some(slots);
     }
+    Ok(())
+}
+
+/// Files as persistent memory, which the guest's address space is arranged around.
+fn pmem(
+    vm: &Arc<VmFd>,
+    description: &ConfigFile,
+    saved: Option<&MachineState>,
+) -> Result<(PmemPlaces, Vec<Pmem>), StartError> {
+    let options = memory_options(description);
+    let end = GuestAddress(arch::memory::above(options.bytes()?).0 + options.hotplug);
+    let mut places = PmemPlaces::new(vm.clone(), end);
+    let saved = saved.map_or(&[][..], |saved| &saved.pmem);
+    let files = description.pmem.iter().map(|config| places.add(config, saved));
+    let files = files.collect::<Result<_, _>>()?;
+    Ok((places, files))
+}
+
+fn add_pmem(
+    manager: &mut DeviceManager,
+    memory: &GuestMemory,
+    description: &ConfigFile,
+    files: Vec<Pmem>,
+    places: &PmemPlaces,
+) -> Result<Option<RootDevice>, StartError> {
     let mut root = None;
-    let mut address = GuestAddress((start.0 + options.hotplug).next_multiple_of(1 << 30));
-    for (number, config) in (0..).zip(&description.pmem) {
-        let id = &config.id;
-        let file = PmemFile::open(&config.path_on_host, config.read_only)
-            .map_err(StartError::device(format!("pmem {id}")))?;
-        let place = (file.host_address(), file.size());
-        // SAFETY: the device keeps the mapping, and is kept itself by the processors' bus, whose
-        // threads live as long as the process.
-        unsafe { slots::set_pmem(vm, number, address, place, config.read_only) }?;
-        let next = (address.0 + file.size()).next_multiple_of(pmem::ALIGNMENT);
-        let device = Pmem::new(id, file, address).map_err(StartError::device(id))?;
-        manager.add_virtio(memory, id, device)?;
-        if config.root_device {
+    for (config, device) in description.pmem.iter().zip(files) {
+        manager.add_virtio(memory, &config.id, device)?;
+        if let Some(number) = places.number(&config.id).filter(|_| config.root_device) {
             let name = format!("/dev/pmem{number}");
             root = Some(RootDevice { name, read_only: config.read_only });
         }
-        address = GuestAddress(next);
     }
     Ok(root)
+}
+
+/// In which slot each device was.
+fn pci_slots(saved: &MachineState) -> HashMap<(u32, String), u8> {
+    let place = |device: &SavedDevice| match device.registers {
+        SavedRegisters::Mmio(_) => None,
+        SavedRegisters::Pci { slot, .. } => Some(((device.device_type, device.name.clone()), slot)),
+    };
+    saved.devices.iter().filter_map(place).collect()
 }
 
 /// Refuses one file behind two drives unless both only read it: two writers, or a writer behind the
@@ -626,7 +698,7 @@ fn load(
             address: layout::GENERATION_ID,
             gsi: layout::GENERATION_GSI,
         }),
-        ..Platform::default()
+        pci: parts.manager.pci.as_ref().map(Pci::host),
     };
     let rsdp = acpi::write(memory, &platform)?;
     boot::write_parameters(memory, &kernel, initramfs, &command_line, rsdp)

@@ -14,9 +14,9 @@ use crate::machine::lock;
 use crate::{StartError, memory};
 
 /// Slots of persistent memory count from here; those before are RAM's.
-const FIRST_PMEM: u32 = 8;
+pub const FIRST_PMEM: u32 = 8;
 /// Slots of memory that is plugged in count from here.
-const FIRST_HOTPLUG: u32 = 64;
+pub const FIRST_HOTPLUG: u32 = 64;
 
 /// Gives the guest its RAM: all of memory but a region that is plugged in later.
 pub fn set_ram(vm: &VmFd, ram: &GuestMemory) -> Result<(), StartError> {
@@ -57,6 +57,15 @@ pub unsafe fn set_pmem(
         userspace_addr: host_address,
     };
     // SAFETY: the caller says that the mapping stays; its addresses are no other slot's.
+    unsafe { vm.set_user_memory_region(slot) }
+        .map_err(StartError::kvm("KVM_SET_USER_MEMORY_REGION"))
+}
+
+/// Takes the file of persistent memory with this number away from the guest.
+pub fn remove_pmem(vm: &VmFd, number: u32) -> Result<(), StartError> {
+    // A slot of no size is none.
+    let slot = kvm_userspace_memory_region { slot: FIRST_PMEM + number, ..Default::default() };
+    // SAFETY: nothing becomes reachable by it.
     unsafe { vm.set_user_memory_region(slot) }
         .map_err(StartError::kvm("KVM_SET_USER_MEMORY_REGION"))
 }

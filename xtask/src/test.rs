@@ -37,7 +37,7 @@ const IMAGE_TOOLS: [&str; 8] = [
 ];
 
 /// The end-to-end tests, each group on a machine of its own; those that take longest first.
-const GROUPS: [&str; 9] = [
+const GROUPS: [&str; 10] = [
     "process::",
     "snapshots::",
     "images::",
@@ -46,6 +46,7 @@ const GROUPS: [&str; 9] = [
     "api::",
     "terminal::",
     "network::",
+    "pci::",
     "faults::",
 ];
 /// Statuses of a machine that died, or in which time stood still.

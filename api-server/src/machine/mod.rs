@@ -48,12 +48,17 @@ pub enum MachineRequest {
     PutBootSource(BootSource),
     /// `PUT /cpu-config`
     PutCpuConfig(CpuConfig),
-    /// `PUT /drives/{drive_id}`
+    /// `PUT /drives/{drive_id}`, where the machine has PCI also while the guest is there
     PutDrive(Drive),
+    /// `DELETE /drives/{drive_id}`, while the guest is there; vmrun's own. Answered when the guest has
+    /// let go of it.
+    DeleteDrive(String),
     /// `PATCH /drives/{drive_id}`, while the guest is there
     PatchDrive(PartialDrive),
-    /// `PUT /network-interfaces/{iface_id}`
+    /// `PUT /network-interfaces/{iface_id}`, where the machine has PCI also while the guest is there
     PutNetworkInterface(NetworkInterface),
+    /// `DELETE /network-interfaces/{iface_id}`, as for a drive
+    DeleteNetworkInterface(String),
     /// `PATCH /network-interfaces/{iface_id}`, while the guest is there
     PatchNetworkInterface(PartialNetworkInterface),
     /// `PUT /vsock`
@@ -80,8 +85,10 @@ pub enum MachineRequest {
     GetBalloonHinting,
     /// `PATCH /balloon/hinting/stop`, while the guest is there
     StopBalloonHinting,
-    /// `PUT /pmem/{id}`
+    /// `PUT /pmem/{id}`, where the machine has PCI also while the guest is there
     PutPmem(Pmem),
+    /// `DELETE /pmem/{id}`, as for a drive
+    DeletePmem(String),
     /// `PATCH /pmem/{id}`, while the guest is there
     PatchPmem(PartialPmem),
     /// `PUT /hotplug/memory`

@@ -14,6 +14,7 @@ pub enum Method {
     Get,
     Put,
     Patch,
+    Delete,
 }
 
 impl Method {
@@ -22,6 +23,7 @@ impl Method {
             Method::Get => "GET",
             Method::Put => "PUT",
             Method::Patch => "PATCH",
+            Method::Delete => "DELETE",
         }
     }
 }
@@ -50,7 +52,7 @@ enum ActionType {
 
 /// The request that a path, without its query, stands for.
 pub fn route(method: Method, path: &str, body: &[u8]) -> Result<Routed, MachineError> {
-    use Method::{Get, Patch, Put};
+    use Method::{Delete, Get, Patch, Put};
     let unknown = || {
         let method = method.name();
         MachineError::new(&format!("Invalid request method and/or path: {method} {path}."))
@@ -62,8 +64,9 @@ pub fn route(method: Method, path: &str, body: &[u8]) -> Result<Routed, MachineE
         count += 1;
     }
     let segments = &segments[..count];
-    if method == Get && !body.is_empty() {
-        return Err(MachineError::new("GET request cannot have a body."));
+    if matches!(method, Get | Delete) && !body.is_empty() {
+        let method = method.name();
+        return Err(MachineError::new(&format!("{method} request cannot have a body.")));
     }
     let mut deprecated = false;
     let request = match (method, segments) {
@@ -154,8 +157,21 @@ pub fn route(method: Method, path: &str, body: &[u8]) -> Result<Routed, MachineE
             VmState::Resumed => MachineRequest::Resume,
         },
         (Patch, _) => return Err(unknown()),
+
+        (Delete, ["drives", id]) => MachineRequest::DeleteDrive(named("drive_id", id)?),
+        (Delete, ["network-interfaces", id]) => {
+            MachineRequest::DeleteNetworkInterface(named("iface_id", id)?)
+        }
+        (Delete, ["pmem", id]) => MachineRequest::DeletePmem(named("id", id)?),
+        (Delete, _) => return Err(unknown()),
     };
     Ok(Routed { request, deprecated })
+}
+
+/// A name that only the path says.
+fn named(field: &str, id: &str) -> Result<String, MachineError> {
+    super::model::check_id(field, id)?;
+    Ok(id.to_owned())
 }
 
 fn parse<T: DeserializeOwned>(method: Method, body: &[u8]) -> Result<T, MachineError> {
@@ -241,6 +257,20 @@ mod tests {
         let twice = r#"{"iface_id": "b", "iface_id": "a", "host_dev_name": "t"}"#;
         let said = message(Method::Put, "/network-interfaces/a", twice);
         assert!(said.contains("duplicate field"), "{said}");
+    }
+
+    #[test]
+    fn what_is_deleted_is_named_by_its_path() {
+        let request = |path| route(Method::Delete, path, b"").unwrap().request;
+        assert_eq!(request("/drives/a"), MachineRequest::DeleteDrive("a".to_owned()));
+        let interface = MachineRequest::DeleteNetworkInterface("a".to_owned());
+        assert_eq!(request("/network-interfaces/a"), interface);
+        assert_eq!(request("/pmem/a_1"), MachineRequest::DeletePmem("a_1".to_owned()));
+        assert!(message(Method::Delete, "/drives/a-b", "").contains("only have letters"));
+        let said = message(Method::Delete, "/drives/a", "{}");
+        assert_eq!(said, "DELETE request cannot have a body.");
+        let said = message(Method::Delete, "/vsock", "");
+        assert_eq!(said, "Invalid request method and/or path: DELETE /vsock.");
     }
 
     #[test]

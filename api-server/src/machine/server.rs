@@ -102,12 +102,13 @@ impl<F: Fn(Call)> Server<F> {
             hyper::Method::GET => Method::Get,
             hyper::Method::PUT => Method::Put,
             hyper::Method::PATCH => Method::Patch,
+            hyper::Method::DELETE => Method::Delete,
             other => {
                 let mut response = fault(
                     StatusCode::BAD_REQUEST,
                     &format!("Invalid request method and/or path: {other} {path}."),
                 );
-                let allowed = hyper::header::HeaderValue::from_static("GET, PUT, PATCH");
+                let allowed = hyper::header::HeaderValue::from_static("GET, PUT, PATCH, DELETE");
                 response.headers_mut().insert(ALLOW, allowed);
                 return response;
             }

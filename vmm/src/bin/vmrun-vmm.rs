@@ -72,6 +72,9 @@ struct Options {
     /// Print the version of state files that are written and end
     #[arg(long)]
     snapshot_version: bool,
+    /// Put virtio devices on a PCI bus, where devices can also be plugged in while the guest runs
+    #[arg(long)]
+    enable_pci: bool,
     /// Use this inherited descriptor as the TAP of an interface
     #[arg(long, value_name = "IFACE_ID=FD")]
     tap_fd: Vec<String>,
@@ -132,7 +135,8 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
         .map_err(|error| failed(format!("cannot block signals: {error}")))?;
     let taps = options.tap_fd.iter().map(|text| tap(text)).collect::<Result<HashMap<_, _>, _>>()?;
     let boot_timer = options.boot_timer.then_some(started);
-    let handed = Handed { taps, boot_timer, ..Handed::default() };
+    let pci = options.enable_pci;
+    let handed = Handed { taps, boot_timer, pci, ..Handed::default() };
     let limit = options.mmds_size_limit.unwrap_or(options.http_api_max_payload_size);
     let mut machine = Controller::new(options.id.clone(), handed, limit);
     machine.set_log(log);

@@ -12,6 +12,7 @@ use api_server::machine::config_file::ConfigFile;
 use devices::legacy::serial::SerialPortState;
 use devices::virtio::DeviceState;
 use devices::virtio::negotiation::NegotiationState;
+use devices::virtio::pci::PciTransportState;
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     kvm_clock_data, kvm_irqchip,
@@ -22,6 +23,8 @@ use serde::{Deserialize, Serialize};
 pub use vcpu_state::{VcpuState, saved_msrs};
 
 use crate::StartError;
+use crate::pci::PciState;
+use crate::pmem::PmemPlace;
 
 /// All of a machine but its memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -32,8 +35,12 @@ pub struct MachineState {
     pub vcpus: Vec<VcpuState>,
     /// What KVM keeps of the machine itself.
     pub vm: VmState,
-    /// Its virtio devices, in the order of their windows.
+    /// Its virtio devices.
     pub devices: Vec<SavedDevice>,
+    /// Its PCI bus, which its devices are on where there is one.
+    pub pci: Option<PciState>,
+    /// Where its persistent memory is.
+    pub pmem: Vec<PmemPlace>,
     /// Its serial port.
     pub serial: Option<SerialPortState>,
 }
@@ -41,12 +48,28 @@ pub struct MachineState {
 /// A virtio device.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SavedDevice {
-    /// Its name, to find it again.
+    /// Its name, to find it again among those of its type.
     pub name: String,
+    /// Its virtio device type (virtio 1.2, 5).
+    pub device_type: u32,
     /// Its registers.
-    pub registers: NegotiationState,
+    pub registers: SavedRegisters,
     /// What it knows beside them.
     pub device: DeviceState,
+}
+
+/// A virtio device's registers, by transport.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum SavedRegisters {
+    /// virtio-mmio.
+    Mmio(NegotiationState),
+    /// virtio-pci.
+    Pci {
+        /// Its slot on the bus.
+        slot: u8,
+        /// The function's state.
+        state: PciTransportState,
+    },
 }
 
 /// Interrupt controllers and the clock.
