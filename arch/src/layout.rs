@@ -100,8 +100,10 @@ pub const FIRST_GSI: u32 = 5;
 pub const LAST_GSI: u32 = 21;
 /// Interrupt of PCI hot-plug.
 pub const HOT_PLUG_GSI: u32 = 22;
-/// Interrupt that tells of another generation ID; the last one of KVM's I/O APIC.
+/// Interrupt that tells of another generation ID.
 pub const GENERATION_GSI: u32 = 23;
+/// Last interrupt of KVM's I/O APIC; messages (MSI) come after it.
+pub const LAST_PIN: u32 = 23;
 
 /// The serial port's eight registers.
 pub const SERIAL_PORT: u16 = 0x3f8;

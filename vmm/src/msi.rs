@@ -18,7 +18,7 @@ use crate::StartError;
 use crate::machine::lock;
 
 /// First interrupt that no interrupt controller has a pin for.
-const FIRST_MESSAGE: u32 = layout::LAST_GSI + 1;
+const FIRST_MESSAGE: u32 = layout::LAST_PIN + 1;
 /// Entries of KVM's table, at most (`KVM_MAX_IRQ_ROUTES`).
 const MAX_ROUTES: usize = 4096;
 /// Pins of a PIC.
@@ -83,7 +83,7 @@ fn table(messages: &BTreeMap<u32, Option<Message>>) -> Vec<kvm_irq_routing_entry
         ..Default::default()
     };
     let mut entries = Vec::new();
-    for gsi in 0..=layout::LAST_GSI {
+    for gsi in 0..=layout::LAST_PIN {
         entries.push(pin(gsi, KVM_IRQCHIP_IOAPIC, gsi));
         match gsi / PIC_PINS {
             0 => entries.push(pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)),

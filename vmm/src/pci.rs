@@ -22,9 +22,6 @@ use crate::device_manager::DeviceManager;
 use crate::machine::lock;
 use crate::msi::{Routing, Vectors};
 
-/// Interrupt of the hot-plug registers. Virtio devices have no lines where there is PCI.
-const HOT_PLUG_GSI: u32 = layout::FIRST_GSI;
-
 /// The bus's part of a snapshot, beside its functions.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct PciState {
@@ -73,7 +70,8 @@ impl Pci {
         }
         let hot_plug = HotPlug::new(bus.clone()).map_err(StartError::host("eventfd"))?;
         let interrupt = hot_plug.interrupt_event().try_clone();
-        manager.add_interrupt(interrupt.map_err(StartError::host("eventfd"))?, HOT_PLUG_GSI);
+        manager
+            .add_interrupt(interrupt.map_err(StartError::host("eventfd"))?, layout::HOT_PLUG_GSI);
         let hot_plug = Arc::new(Mutex::new(hot_plug));
         manager.add_pio(layout::HOT_PLUG_PORT, layout::HOT_PLUG_SIZE.into(), hot_plug.clone())?;
         let routing = Arc::new(Routing::new(vm.clone()));
@@ -82,7 +80,7 @@ impl Pci {
 
     /// For the ACPI tables.
     pub fn host(&self) -> PciHost {
-        PciHost { memory_64: self.memory_64, hot_plug_gsi: Some(HOT_PLUG_GSI) }
+        PciHost { memory_64: self.memory_64, hot_plug_gsi: Some(layout::HOT_PLUG_GSI) }
     }
 
     /// Puts a device into a slot, the first free one by default. No guest runs.
