@@ -142,11 +142,9 @@ fn host(
     match &rig.device {
         Device::Block(device) => {
             let file = memory_file();
-            file.set_len(u64::from(number) << 9).unwrap();
-            device
-                .lock()
-                .unwrap()
-                .replace_disk(Disk::open(&path_of(&file), what & 1 != 0).unwrap());
+            file.set_len((u64::from(number) + 1) << 9).unwrap();
+            let disk = Disk::open(&path_of(&file), false).unwrap();
+            device.lock().unwrap().replace_disk(disk);
         }
         Device::Balloon(device) => {
             let mut device = device.lock().unwrap();

@@ -1,6 +1,8 @@
 //! Every target with its seeds and some mutations of each, the same each time. So a short pass needs
 //! no nightly compiler.
 
+#![allow(clippy::panic, clippy::unwrap_used, reason = "tests assert by them")]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
