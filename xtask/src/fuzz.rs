@@ -63,6 +63,7 @@ pub fn fuzz(arguments: &Arguments) -> Result<()> {
     }
     run(&mut build)?;
     if let (Some(input), Some(name)) = (&arguments.input, wanted.first()) {
+        let input = input.canonicalize().with_context(|| input.display().to_string())?;
         return run(cargo_fuzz("run").arg(name).arg(input));
     }
     let mut table = String::from("| target | executions | seconds | edges | features | corpus |\n");
