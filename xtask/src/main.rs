@@ -1,10 +1,11 @@
-//! Chores of the project: `cargo xtask {build, test, lab, demo, kernel, bench}`.
+//! Chores of the project: `cargo xtask {build, test, lab, demo, kernel, bench, fuzz}`.
 
 mod bench;
 mod build;
 mod command;
 mod debian;
 mod demo;
+mod fuzz;
 mod image;
 mod kernel;
 mod lab;
@@ -34,6 +35,8 @@ enum Task {
     Demo,
     /// Build the micro-VM guest kernel, or the lab's
     Kernel(kernel::Arguments),
+    /// Fuzz the parsers and devices, for a bounded time
+    Fuzz(fuzz::Arguments),
     /// Run the benchmarks
     Bench(bench::Arguments),
     /// What the benchmarks run inside the lab
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
             println!("{}", path.display());
             0
         }),
+        Task::Fuzz(arguments) => fuzz::fuzz(&arguments).map(|()| 0),
         Task::Bench(arguments) => bench::bench(&arguments).map(|()| 0),
         Task::Measure(arguments) => bench::measure(&arguments).map(|()| 0),
         Task::KeepVm => lab::keep_vm().map(|()| 0),
