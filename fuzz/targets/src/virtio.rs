@@ -13,6 +13,9 @@ use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_QUEUE_NOTIFY}
 use crate::driver::{Device, Kind, Rig};
 use crate::{memory_file, path_of};
 
+/// Snapshots in an input: a new device takes long to make.
+const SNAPSHOTS: u32 = 3;
+
 /// A byte for the device, and then steps of its driver and of the host. The device comes to rest
 /// after each, and works after a reset.
 pub fn virtio_queues(input: &[u8]) {
@@ -39,6 +42,7 @@ fn run(
     programs: &mut Vec<UnixStream>,
     input: &mut Unstructured<'_>,
 ) -> arbitrary::Result<()> {
+    let mut snapshots = 0;
     while !input.is_empty() {
         match input.arbitrary::<u8>()? % 14 {
             0 => {
@@ -86,7 +90,12 @@ fn run(
                 rig.transport
                     .write((VIRTIO_MMIO_CONFIG + u32::from(offset)).into(), &data[..width]);
             }
-            10 => rig.restore_elsewhere(),
+            10 => {
+                snapshots += 1;
+                if snapshots <= SNAPSHOTS {
+                    rig.restore_elsewhere();
+                }
+            }
             11 => {
                 let queue = queue(rig, input)?;
                 rig.set_register(VIRTIO_MMIO_QUEUE_NOTIFY, queue as u32);
