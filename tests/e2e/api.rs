@@ -14,10 +14,7 @@ $b ip route add 169.254.169.254 dev eth0
 echo "mac=$($b cat /sys/class/net/eth0/address)"
 echo "entropy=$($b cat /sys/class/misc/hw_random/rng_current)"
 echo "drivers: $($b ls /sys/bus/virtio/drivers | $b tr '\n' ' ')"
-if [ -d /sys/bus/virtio/drivers/virtio_pmem ]; then
-  while [ ! -e /sys/block/pmem0 ]; do $b sleep 0.1; done
-  echo "pmem=$($b cat /sys/block/pmem0/size)"
-fi
+echo "pmem=$($b cat /sys/bus/nd/devices/namespace0.0/size)"
 echo "vda=$($b cat /sys/block/vda/size)"
 echo up
 while :; do
@@ -198,7 +195,7 @@ fn every_operation_before_and_after_the_start() {
         let line = said.lines().find_map(|line| line.trim().strip_prefix("drivers:"));
         line.is_some_and(|drivers| drivers.split(' ').any(|name| name == driver))
     };
-    assert!(!has("virtio_pmem") || said.contains("pmem=8192"), "{said}");
+    assert!(!has("virtio_pmem") || said.contains("pmem=4194304"), "{said}");
     vmm.process.wait_for("metadata=first");
 
     // What there was only before.

@@ -10,16 +10,17 @@ use std::sync::{Arc, Mutex};
 
 use devices::GuestMemory;
 use devices::bus::BusDevice;
-use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonOptions};
 use devices::virtio::block::{Block, BlockOptions, Disk};
 use devices::virtio::console::Console;
 use devices::virtio::mem::{Mem, MemOptions, SlotSink};
 use devices::virtio::mmio::MmioTransport;
+use devices::virtio::negotiation::NegotiationState;
 use devices::virtio::net::{Backend, Net, NetOptions};
 use devices::virtio::pmem::{Pmem, PmemFile};
 use devices::virtio::rng::{Rng, RngOptions};
 use devices::virtio::vsock::Vsock;
+use devices::virtio::{DeviceState, VirtioDevice};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use tempfile::TempDir;
@@ -238,7 +239,7 @@ impl Rig {
 
     /// Puts another device in its place, which takes up what this one knew, as after a snapshot.
     pub fn restore_elsewhere(&mut self) {
-        let (registers, state) = {
+        let (registers, state): (NegotiationState, DeviceState) = {
             let registers = self.transport.save();
             let state = self.device.shared().lock().unwrap().save();
             // By way of a file.
@@ -247,7 +248,7 @@ impl Rig {
         };
         let mut heir = Rig::with_memory(self.kind, self.memory.clone());
         heir.device.shared().lock().unwrap().restore(state).unwrap();
-        heir.transport.restore(registers).unwrap();
+        heir.transport.restore(&registers).unwrap();
         heir.available.clone_from(&self.available);
         heir.sizes.clone_from(&self.sizes);
         *self = heir;

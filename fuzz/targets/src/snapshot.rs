@@ -2,7 +2,7 @@
 
 use devices::virtio::DeviceState;
 use vmm::snapshot::file::decode;
-use vmm::snapshot::{MachineState, SavedDevice};
+use vmm::snapshot::{MachineState, SavedDevice, SavedRegisters};
 
 use crate::driver::{Kind, Rig};
 
@@ -23,9 +23,14 @@ pub fn snapshot_state(input: &[u8]) {
             DeviceState::Mem(_) => Kind::Mem,
             DeviceState::Plain => Kind::Pmem,
         };
+        // The other transport's registers hold the same, and messages that need a bus to be sent.
+        let registers = match registers {
+            SavedRegisters::Mmio(registers) => registers,
+            SavedRegisters::Pci { state, .. } => state.negotiation,
+        };
         let mut rig = Rig::new(kind);
         let is_restored = rig.device.shared().lock().unwrap().restore(device).is_ok();
-        if is_restored && rig.transport.restore(registers).is_ok() {
+        if is_restored && rig.transport.restore(&registers).is_ok() {
             rig.settle();
         }
         rig.check_reset();
@@ -72,8 +77,13 @@ mod tests {
         let devices = kinds.map(|(name, kind)| {
             let mut rig = Rig::new(kind);
             rig.set_up(u64::MAX, 16);
-            let device = rig.device.shared().lock().unwrap().save();
-            SavedDevice { name: name.to_owned(), registers: rig.transport.save(), device }
+            let (device_type, device) = {
+                let shared = rig.device.shared();
+                let device = shared.lock().unwrap();
+                (device.device_type(), device.save())
+            };
+            let registers = SavedRegisters::Mmio(rig.transport.save());
+            SavedDevice { name: name.to_owned(), device_type, registers, device }
         });
         let description = r#"{"boot-source": {"kernel_image_path": "k"}}"#;
         let state = MachineState {
@@ -81,6 +91,8 @@ mod tests {
             vcpus: vec![VcpuState::save(&vcpu, &[0x10]).unwrap()],
             vm: VmState::save(&vm).unwrap(),
             devices: devices.into(),
+            pci: None,
+            pmem: Vec::new(),
             serial: None,
         };
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../seeds/snapshot_state");

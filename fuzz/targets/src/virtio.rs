@@ -153,7 +153,7 @@ fn host(
             let file = memory_file();
             file.set_len((u64::from(number) + 1) << 9).unwrap();
             let disk = Disk::open(&path_of(&file), false).unwrap();
-            device.lock().unwrap().replace_disk(disk);
+            let _ = device.lock().unwrap().replace_disk(disk);
         }
         Device::Balloon(device) => {
             let mut device = device.lock().unwrap();
