@@ -16,6 +16,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How long an agent that is up may take to answer a hello.
 const HELLO_LIMIT: Duration = Duration::from_secs(30);
+/// How long a first answer after a restore is waited for before it is taken for lost.
+const RESTORED_STEP: Duration = Duration::from_millis(500);
+/// How long processes may take to stand still, and their files to be written.
+const HOLD_LIMIT: Duration = Duration::from_secs(120);
 /// How long a request may wait for a guest that does not read.
 const SEND_LIMIT: Duration = Duration::from_secs(10);
 
@@ -116,13 +120,27 @@ fn wait_readable(
     }
 }
 
+/// Waits a while; the machine's end is an error.
+fn wait_ended(machine: BorrowedFd<'_>, limit: Duration) -> Result<(), AgentError> {
+    let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+    match poll(&mut [PollFd::new(machine, PollFlags::POLLIN)], timeout) {
+        Ok(1..) => Err(AgentError::MachineEnded),
+        _ => Ok(()),
+    }
+}
+
 /// Opens a connection for this purpose, past the VMM's and the agent's greetings.
-fn open(vsock: &Path, purpose: Purpose, machine: BorrowedFd<'_>) -> Result<UnixStream, AgentError> {
+fn open(
+    vsock: &Path,
+    purpose: Purpose,
+    machine: BorrowedFd<'_>,
+    limit: Duration,
+) -> Result<UnixStream, AgentError> {
     let failed = |error| AgentError::Socket { path: vsock.to_owned(), error };
     let mut stream = UnixStream::connect(vsock).map_err(failed)?;
     stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())?;
     write_frame(&mut stream, &Hello { version: VERSION, purpose })?;
-    let greeting = Greeting { stream: &stream, machine, since: Instant::now(), limit: HELLO_LIMIT };
+    let greeting = Greeting { stream: &stream, machine, since: Instant::now(), limit };
     match greeting.read()? {
         HelloReply::Accepted => Ok(stream),
         HelloReply::WrongVersion(version) => Err(AgentError::Version(version)),
@@ -176,7 +194,12 @@ pub fn attach(
     stream: Stream,
     machine: BorrowedFd<'_>,
 ) -> Result<UnixStream, AgentError> {
-    open(vsock, Purpose::Stream { process, stream }, machine)
+    open(vsock, Purpose::Stream { process, stream }, machine, HELLO_LIMIT)
+}
+
+/// Has the machine's processes stand still for a snapshot, until the connection is dropped.
+pub fn hold_still(vsock: &Path, machine: BorrowedFd<'_>) -> Result<UnixStream, AgentError> {
+    open(vsock, Purpose::Snapshot, machine, HOLD_LIMIT)
 }
 
 /// The control connection.
@@ -187,7 +210,33 @@ pub struct Control {
 impl Control {
     /// Opens it.
     pub fn open(vsock: &Path, machine: BorrowedFd<'_>) -> Result<Control, AgentError> {
-        let stream = open(vsock, Purpose::Control, machine)?;
+        Control::open_within(vsock, machine, HELLO_LIMIT)
+    }
+
+    /// Opens it in a machine that was just restored. Its kernel resets all connections, and may
+    /// see a new one before it sees that it has to; such a one is lost without a word.
+    pub fn open_restored(vsock: &Path, machine: BorrowedFd<'_>) -> Result<Control, AgentError> {
+        let (since, mut step) = (Instant::now(), RESTORED_STEP);
+        loop {
+            match Control::open_within(vsock, machine, step) {
+                Err(AgentError::Io(_) | AgentError::Frame(FrameError::Io(_)))
+                    if since.elapsed() < HELLO_LIMIT =>
+                {
+                    tracing::debug!("no answer in {step:?} after a restore");
+                    wait_ended(machine, Duration::from_millis(1))?;
+                    step *= 2;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn open_within(
+        vsock: &Path,
+        machine: BorrowedFd<'_>,
+        limit: Duration,
+    ) -> Result<Control, AgentError> {
+        let stream = open(vsock, Purpose::Control, machine, limit)?;
         stream.set_write_timeout(Some(SEND_LIMIT))?;
         Ok(Control { stream })
     }

@@ -18,6 +18,7 @@ use nix::sys::socket::{
 };
 
 use crate::error::{Context, SetupError};
+use crate::freezer::{self, Frozen};
 use crate::process::Process;
 use crate::{early, process};
 
@@ -39,8 +40,18 @@ struct State {
     controls: u64,
     started: bool,
     main: Option<Arc<Process>>,
+    /// Processes that stand still for a snapshot.
+    frozen: Option<Frozen>,
     /// The last word on the main process, for a host that comes back for it.
     last: Option<Message>,
+}
+
+impl State {
+    /// The streams of a process that the host has attached.
+    fn take_streams(&mut self, process: u32, wanted: &[Stream]) -> HashMap<Stream, File> {
+        let take = |stream: &Stream| Some((*stream, self.streams.remove(&(process, *stream))?));
+        wanted.iter().filter_map(take).collect()
+    }
 }
 
 impl Shared {
@@ -145,6 +156,7 @@ fn greet(shared: &Arc<Shared>, mut connection: File) {
     }
     match hello.purpose {
         Purpose::Control => control(shared, connection),
+        Purpose::Snapshot => hold_still(shared, connection),
         Purpose::Stream { process, stream } => {
             let mut state = shared.lock();
             let refusal = if state.streams.contains_key(&(process, stream)) {
@@ -162,6 +174,31 @@ fn greet(shared: &Arc<Shared>, mut connection: File) {
                 state.streams.insert((process, stream), connection);
             }
         }
+    }
+}
+
+/// Has all processes stand still while the host takes a snapshot. In a machine restored from it the
+/// connection is not hung up but reset: there they wait for the machine's identity.
+fn hold_still(shared: &Arc<Shared>, mut connection: File) {
+    let frozen = {
+        let mut state = shared.lock();
+        match (&state.frozen, &state.main) {
+            (Some(_), _) => Err("a snapshot is being taken already".to_owned()),
+            (None, None) => Err("its process does not run yet".to_owned()),
+            (None, Some(_)) => freezer::freeze()
+                .map(|frozen| state.frozen = Some(frozen))
+                .map_err(|error| format!("its processes do not stand still: {error}")),
+        }
+    };
+    if let Err(reason) = frozen {
+        let _ = write_frame(&mut connection, &HelloReply::Refused(reason));
+        return;
+    }
+    // What only the guest's memory has would not be in a copy of the disk.
+    nix::unistd::sync();
+    let told = write_frame(&mut connection, &HelloReply::Accepted);
+    if told.is_err() || connection.read(&mut [0]).is_ok() {
+        shared.lock().frozen = None;
     }
 }
 
@@ -207,11 +244,7 @@ fn handle(shared: &Arc<Shared>, request: Request) {
                     shared.tell(&Message::StartFailed { kind: StartFailure::Setup, message });
                     return;
                 }
-                let id = start.process.id;
-                let wanted = start.process.streams.iter();
-                wanted
-                    .filter_map(|stream| Some((*stream, state.streams.remove(&(id, *stream))?)))
-                    .collect()
+                state.take_streams(start.process.id, &start.process.streams)
             };
             let id = start.process.id;
             // In a thread of its own: signals must reach the process meanwhile.
@@ -234,6 +267,22 @@ fn handle(shared: &Arc<Shared>, request: Request) {
             if let Err(error) = thread::Builder::new().spawn(run) {
                 let message = format!("no thread to start the process: {error}");
                 shared.finish(Message::StartFailed { kind: StartFailure::Setup, message });
+            }
+        }
+        Request::Identity(identity) => {
+            let mut state = shared.lock();
+            let main = state.main.clone();
+            let id = main.as_ref().map(|main| main.id());
+            let streams = state.take_streams(id.unwrap_or_default(), &identity.streams);
+            drop(state);
+            match process::identify(&identity, main.as_deref(), streams) {
+                Ok(()) => {
+                    shared.tell(&Message::Identified { process: id });
+                    shared.lock().frozen = None;
+                }
+                Err(SetupError { kind, message }) => {
+                    shared.tell(&Message::StartFailed { kind, message });
+                }
             }
         }
         Request::Signal { process, signal, group } => {
@@ -298,6 +347,7 @@ mod tests {
             network: None,
             time_ns: 0,
             entropy: vec![],
+            machine_id: String::new(),
             process: Description {
                 id: 0,
                 argv: vec![],
@@ -373,6 +423,14 @@ mod tests {
         assert!(matches!(reply, Some(Message::StartFailed { kind: StartFailure::Setup, .. })));
         drop(host);
         agent.join().unwrap();
+    }
+
+    #[test]
+    fn a_machine_without_a_process_does_not_stand_still_for_a_snapshot() {
+        let shared: Arc<Shared> = Arc::default();
+        let (_, agent, reply) = hello(&shared, VERSION, Purpose::Snapshot);
+        agent.join().unwrap();
+        assert!(matches!(&reply, HelloReply::Refused(why) if why.contains("yet")), "{reply:?}");
     }
 
     /// HOSTILE.md 15, from the other side: what is no frame ends its connection and nothing else.

@@ -7,6 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod clones;
 mod faults;
 mod images;
 mod monitor;

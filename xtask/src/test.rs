@@ -29,8 +29,16 @@ const IMAGE_TOOLS: [&str; 7] =
     ["buildah", "umoci", "mmdebstrap", "busybox-static", "procps", "util-linux", "libcap2-bin"];
 
 /// The end-to-end tests, each group on a machine of its own; those that take longest first.
-const GROUPS: [&str; 7] =
-    ["process::", "images::", "rootfs::", "monitor::", "terminal::", "network::", "faults::"];
+const GROUPS: [&str; 8] = [
+    "process::",
+    "images::",
+    "rootfs::",
+    "clones::",
+    "monitor::",
+    "terminal::",
+    "network::",
+    "faults::",
+];
 /// Statuses of a machine that died, or in which time stood still.
 const LOST: [i32; 2] = [lab::FAILURE as i32, lab::TIMED_OUT as i32];
 /// How often a machine may die under a group before that counts as a failure.
