@@ -16,8 +16,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How long an agent that is up may take to answer a hello.
 const HELLO_LIMIT: Duration = Duration::from_secs(30);
-/// How long a first answer after a restore is waited for before it is taken for lost.
-const RESTORED_STEP: Duration = Duration::from_millis(500);
 /// How long processes may take to stand still, and their files to be written.
 const HOLD_LIMIT: Duration = Duration::from_secs(120);
 /// How long a request may wait for a guest that does not read.
@@ -81,9 +79,12 @@ impl Ready {
         Ok(Ready { listener, path })
     }
 
-    /// Waits until the agent listens, `limit` has passed, or `machine` (a pidfd) is readable.
-    pub fn wait(self, machine: BorrowedFd<'_>, limit: Duration) -> Result<(), AgentError> {
-        wait_readable(self.listener.as_fd(), machine, limit)
+    /// Waits until the agent listens, `limit` has passed, or `machine` (a pidfd) is readable. The
+    /// agent's notice is to be kept as long as the machine runs: one that is restored from a
+    /// snapshot of it knows by its loss that it was.
+    pub fn wait(self, machine: BorrowedFd<'_>, limit: Duration) -> Result<UnixStream, AgentError> {
+        wait_readable(self.listener.as_fd(), machine, limit)?;
+        Ok(self.listener.accept()?.0)
     }
 }
 
@@ -117,15 +118,6 @@ fn wait_readable(
         if descriptors[1].any().unwrap_or(false) {
             return Err(AgentError::MachineEnded);
         }
-    }
-}
-
-/// Waits a while; the machine's end is an error.
-fn wait_ended(machine: BorrowedFd<'_>, limit: Duration) -> Result<(), AgentError> {
-    let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
-    match poll(&mut [PollFd::new(machine, PollFlags::POLLIN)], timeout) {
-        Ok(1..) => Err(AgentError::MachineEnded),
-        _ => Ok(()),
     }
 }
 
@@ -210,33 +202,7 @@ pub struct Control {
 impl Control {
     /// Opens it.
     pub fn open(vsock: &Path, machine: BorrowedFd<'_>) -> Result<Control, AgentError> {
-        Control::open_within(vsock, machine, HELLO_LIMIT)
-    }
-
-    /// Opens it in a machine that was just restored. Its kernel resets all connections, and may
-    /// see a new one before it sees that it has to; such a one is lost without a word.
-    pub fn open_restored(vsock: &Path, machine: BorrowedFd<'_>) -> Result<Control, AgentError> {
-        let (since, mut step) = (Instant::now(), RESTORED_STEP);
-        loop {
-            match Control::open_within(vsock, machine, step) {
-                Err(AgentError::Io(_) | AgentError::Frame(FrameError::Io(_)))
-                    if since.elapsed() < HELLO_LIMIT =>
-                {
-                    tracing::debug!("no answer in {step:?} after a restore");
-                    wait_ended(machine, Duration::from_millis(1))?;
-                    step *= 2;
-                }
-                other => return other,
-            }
-        }
-    }
-
-    fn open_within(
-        vsock: &Path,
-        machine: BorrowedFd<'_>,
-        limit: Duration,
-    ) -> Result<Control, AgentError> {
-        let stream = open(vsock, Purpose::Control, machine, limit)?;
+        let stream = open(vsock, Purpose::Control, machine, HELLO_LIMIT)?;
         stream.set_write_timeout(Some(SEND_LIMIT))?;
         Ok(Control { stream })
     }

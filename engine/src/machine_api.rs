@@ -178,7 +178,7 @@ mod tests {
         result.unwrap();
         assert!(request.starts_with("PATCH /vm HTTP/1.1\r\n"), "{request}");
         assert!(request.ends_with("{\"state\":\"Paused\"}"), "{request}");
-        let refusal = "HTTP/1.1 400 Bad Request\r\ncontent-length: 26\r\n\r\n{\"fault_message\":\"no\\nway\"}";
+        let refusal = "HTTP/1.1 400 Bad Request\r\ncontent-length: 27\r\n\r\n{\"fault_message\":\"no\\nway\"}";
         let error = answered(refusal).0.unwrap_err();
         assert_eq!(error.to_string(), "no?way");
         for garbage in ["HTTP/1.1 400 Bad Request\r\n\r\n", "x", "HTTP/1.1 200 OK\r\n\r\nx"] {

@@ -352,24 +352,15 @@ impl Foreground<'_> {
         let terminal =
             process.terminal.is_some() || self.origin.main().is_some_and(|it| it.terminal);
         let on_start = || self.on_start();
+        let mut notice = None;
         let converse = || {
-            let mut control = match self.origin {
-                Origin::Kernel(_) => {
-                    ready.wait(vmm.pidfd(), BOOT_LIMIT)?;
-                    Control::open(&vsock, vmm.pidfd())?
-                }
-                Origin::Snapshot(snapshot) => {
-                    let api = MachineApi::of(self.container.run());
-                    api.wait(vmm.pidfd());
-                    api.load_snapshot(&self.load(
-                        snapshot,
-                        writable.as_deref(),
-                        overrides,
-                        &vsock,
-                    ))?;
-                    Control::open_restored(&vsock, vmm.pidfd())?
-                }
-            };
+            if let Origin::Snapshot(snapshot) = self.origin {
+                let api = MachineApi::of(self.container.run());
+                api.wait(vmm.pidfd());
+                api.load_snapshot(&self.load(snapshot, writable.as_deref(), overrides, &vsock))?;
+            }
+            notice = Some(ready.wait(vmm.pidfd(), BOOT_LIMIT)?);
+            let mut control = Control::open(&vsock, vmm.pidfd())?;
             // Not before, so that Ctrl-C ends a machine that does not come up. Without -i nothing
             // would read the keys: they stay the terminal's, and Ctrl-C a signal.
             let raw = terminal && process.interactive;
@@ -400,6 +391,7 @@ impl Foreground<'_> {
             Ok((control, exit))
         };
         let result = converse();
+        drop(notice);
         match result {
             Ok((control, exit)) => {
                 control.close();
@@ -726,9 +718,10 @@ pub fn snapshot_warm(
         };
         let machine = plan.machine(&[], attachment.as_ref(), &vsock, &container)?;
         let mut vmm = start_vmm(&program, Some(&machine), &container, &[], attachment.as_ref())?;
-        if let Err(error) = ready.wait(vmm.pidfd(), BOOT_LIMIT) {
-            return Err(explain(error.into(), &mut vmm, &container));
-        }
+        let _notice = match ready.wait(vmm.pidfd(), BOOT_LIMIT) {
+            Ok(notice) => notice,
+            Err(error) => return Err(explain(error.into(), &mut vmm, &container)),
+        };
         Ok(work.take(&MachineApi::of(container.run()))?)
     };
     let taken = attempt();
@@ -865,7 +858,7 @@ pub fn try_boot(paths: &Paths, kernel: &Kernel) -> Result<Duration, RunError> {
         let since = Instant::now();
         let mut vmm = start_vmm(&program, Some(&config), &container, &[], None)?;
         match ready.wait(vmm.pidfd(), TRIAL_LIMIT) {
-            Ok(()) => Ok(since.elapsed()),
+            Ok(_) => Ok(since.elapsed()),
             Err(error) => Err(explain(error.into(), &mut vmm, &container)),
         }
     };

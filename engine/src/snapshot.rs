@@ -490,3 +490,121 @@ pub fn create(paths: &Paths, container: &str, name: &str) -> Result<(), Snapshot
     };
     work.finish(&description, origin)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paths() -> (tempfile::TempDir, Paths) {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::open(Some(folder.path())).unwrap();
+        (folder, paths)
+    }
+
+    fn origin() -> Origin {
+        Origin {
+            image: "i".to_owned(),
+            image_id: "sha256:0".to_owned(),
+            kernel: "6.1".to_owned(),
+            main: Some(Main { command: vec!["x".to_owned()], terminal: false }),
+            dns: Dns::default(),
+            extra_hosts: Vec::new(),
+        }
+    }
+
+    /// Makes a snapshot as if a VMM had written it.
+    fn make(paths: &Paths, name: &str) -> Result<(), SnapshotError> {
+        let work = Work::begin(paths, name)?;
+        let device = paths.state().join("device");
+        fs::write(&device, "image").unwrap();
+        for (name, text) in [(STATE, "state"), (MEMORY, "memory"), (WRITABLE, "disk")] {
+            fs::write(work.folder.path().join(name), text).unwrap();
+        }
+        let description = serde_json::json!({
+            "drives": [{
+                "drive_id": "image", "path_on_host": device, "is_root_device": false,
+                "is_read_only": true,
+            }],
+        });
+        work.finish(&serde_json::from_value(description).unwrap(), origin())
+    }
+
+    fn entries(paths: &Paths) -> usize {
+        let entries = fs::read_dir(paths.snapshots()).unwrap().flatten();
+        entries.filter(|entry| entry.file_name() != ".lock").count()
+    }
+
+    #[test]
+    fn a_snapshot_is_made_found_and_removed() {
+        let (_folder, paths) = paths();
+        assert!(list(&paths).unwrap().is_empty());
+        make(&paths, "one").unwrap();
+        assert!(matches!(make(&paths, "one"), Err(SnapshotError::Exists(_))));
+        let found = Snapshot::open(&paths, "one").unwrap();
+        assert_eq!(found.manifest.main, origin().main);
+        assert_eq!(fs::read(found.memory()).unwrap(), b"memory");
+        assert_eq!(fs::read(found.writable().unwrap()).unwrap(), b"disk");
+        found.check_root_device(&paths.state().join("device")).unwrap();
+        assert!(matches!(
+            found.check_root_device(&found.memory()),
+            Err(SnapshotError::Image { .. })
+        ));
+        assert_eq!((list(&paths).unwrap().len(), entries(&paths)), (1, 1));
+        for name in ["two", "", ".", "..", "../one", ".work-x", "one/"] {
+            let error = Snapshot::open(&paths, name).unwrap_err();
+            assert!(matches!(error, SnapshotError::Unknown(_)), "{name}: {error}");
+            assert!(matches!(remove(&paths, name), Err(SnapshotError::Unknown(_))), "{name}");
+        }
+        remove(&paths, "one").unwrap();
+        assert_eq!((list(&paths).unwrap().len(), entries(&paths)), (0, 0));
+    }
+
+    #[test]
+    fn nothing_is_left_of_one_that_was_not_finished() {
+        let (_folder, paths) = paths();
+        drop(Work::begin(&paths, "dropped").unwrap());
+        assert_eq!(entries(&paths), 0);
+        // Killed: nobody drops it, and its lock is free.
+        let killed = Work::begin(&paths, "killed").unwrap();
+        let folder = killed.folder.keep();
+        fs::write(folder.join(MEMORY), "half").unwrap();
+        drop(killed._lock);
+        let alive = Work::begin(&paths, "alive").unwrap();
+        assert!(!folder.exists() && alive.folder.path().exists());
+        assert!(list(&paths).unwrap().is_empty());
+        make(&paths, "whole").unwrap();
+        assert!(alive.folder.path().exists(), "another's work was taken for left");
+    }
+
+    #[test]
+    fn a_damaged_one_is_said_to_be_so_and_not_in_the_way() {
+        let (_folder, paths) = paths();
+        make(&paths, "good").unwrap();
+        let spoil: [(&str, &dyn Fn(&Path)); 5] = [
+            (STATE, &|path| fs::write(path, "STATE").unwrap()),
+            (MEMORY, &|path| fs::write(path, "mem").unwrap()),
+            (WRITABLE, &|path| fs::remove_file(path).unwrap()),
+            (MANIFEST, &|path| fs::write(path, "{").unwrap()),
+            (MANIFEST, &|path| {
+                let text = fs::read_to_string(path).unwrap();
+                fs::write(path, text.replace("\"memory\"", "\"../good/memory\"")).unwrap();
+            }),
+        ];
+        for (index, (file, spoil)) in spoil.into_iter().enumerate() {
+            let name = format!("bad{index}");
+            make(&paths, &name).unwrap();
+            spoil(&paths.snapshots().join(&name).join(file));
+            let error = Snapshot::open(&paths, &name).unwrap_err();
+            assert!(matches!(error, SnapshotError::Damaged { .. }), "{file}: {error}");
+            assert_eq!(error.to_string().lines().count(), 1, "{error}");
+        }
+        assert!(list(&paths).unwrap().iter().any(|snapshot| snapshot.name == "good"));
+        remove(&paths, "bad3").unwrap();
+
+        let path = paths.snapshots().join("good").join(MANIFEST);
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replace("\"format\": 1", "\"format\": 2")).unwrap();
+        let error = Snapshot::open(&paths, "good").unwrap_err();
+        assert!(matches!(error, SnapshotError::Version { .. }), "{error}");
+    }
+}

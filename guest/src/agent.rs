@@ -70,6 +70,19 @@ impl Shared {
         }
     }
 
+    /// Closes all that is left of connections which were reset: the host is going to use their ports
+    /// again. Those that somebody waits for close themselves.
+    fn forget_connections(&self) {
+        let mut state = self.lock();
+        state.streams.clear();
+        state.control = None;
+        let main = state.main.clone();
+        drop(state);
+        if let Some(main) = main {
+            main.disconnect();
+        }
+    }
+
     /// Leaves the last message, and waits until the host has hung up: it does so when it has read
     /// all output. Without a host the machine ends a second later.
     fn finish(&self, message: Message) -> ! {
@@ -104,8 +117,13 @@ pub fn serve() -> Result<(), SetupError> {
     bind(listener.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, AGENT_PORT))
         .context(|| "vsock: bind".to_owned())?;
     listen(&listener, Backlog::MAXCONN).context(|| "vsock: listen".to_owned())?;
-    announce()?;
+    let notice = announce()?;
     let shared = Arc::new(Shared::default());
+    let told = shared.clone();
+    thread::Builder::new()
+        .stack_size(256 << 10)
+        .spawn(move || stay_announced(&told, notice))
+        .context(|| "vsock".to_owned())?;
     loop {
         let connection = match accept4(listener.as_raw_fd(), flags) {
             // SAFETY: accept4 has just returned this descriptor, and nobody else knows it.
@@ -132,8 +150,29 @@ pub fn serve() -> Result<(), SetupError> {
     }
 }
 
-/// Touches the host's port, so that it knows that we listen. The transport may still be on its way.
-fn announce() -> Result<(), SetupError> {
+/// Tells the host anew that we listen when the notice is lost: this machine was restored, and all
+/// connections were reset. The host must not call before, for its calls would be lost too.
+fn stay_announced(shared: &Shared, mut notice: Option<File>) {
+    while let Some(mut connection) = notice.take() {
+        match connection.read(&mut [0]) {
+            Err(error) if error.kind() != std::io::ErrorKind::Interrupted => {
+                drop(connection);
+                shared.forget_connections();
+                notice = announce().unwrap_or_else(|error| {
+                    early::log(&format!("{error}"));
+                    None
+                });
+            }
+            Err(_) => notice = Some(connection),
+            // The host has hung up, as it may.
+            Ok(_) => {}
+        }
+    }
+}
+
+/// Calls the host's port, so that it knows that we listen; none where nobody is there. The transport
+/// may still be on its way.
+fn announce() -> Result<Option<File>, SetupError> {
     for _ in 0..1000 {
         let probe = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
             .context(|| "vsock".to_owned())?;
@@ -141,8 +180,9 @@ fn announce() -> Result<(), SetupError> {
             Err(nix::Error::ENODEV | nix::Error::ENETUNREACH | nix::Error::EADDRNOTAVAIL) => {
                 thread::sleep(Duration::from_millis(2));
             }
+            Ok(()) => return Ok(Some(File::from(probe))),
             // Nobody there is fine: the host may call all the same.
-            _ => return Ok(()),
+            Err(_) => return Ok(None),
         }
     }
     Err(SetupError::setup("vsock: there is no vsock device"))

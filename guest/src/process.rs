@@ -516,6 +516,11 @@ impl Process {
         let _ = unsafe { libc::kill(pid, signal) };
     }
 
+    /// Forgets connections that are lost.
+    pub fn disconnect(&self) {
+        self.outlets.values().for_each(|outlet| outlet.connect(None));
+    }
+
     /// Tells its terminal a new size.
     pub fn resize(&self, size: WindowSize) {
         if let Some(terminal) = &self.terminal {

@@ -46,19 +46,21 @@ impl Outlet {
                     Err(_) => break,
                 }
             }
-            own.set(Host::Told);
+            if let Host::Reads(host) = std::mem::replace(&mut *lock(&own.0), Host::Told) {
+                hang_up(&host);
+            }
         };
         Ok((outlet, thread::Builder::new().stack_size(256 << 10).spawn(pump)?))
     }
 
-    /// Sends the output to another connection from now on, or nowhere.
+    /// Sends the output to another connection from now on, or nowhere. What it went to before is
+    /// lost: a word about its end could be taken for one about another of the same ports.
     pub fn connect(&self, to: Option<File>) {
-        let told = matches!(*lock(&self.0), Host::Told);
-        match to {
-            Some(to) if told => hang_up(&to),
-            Some(to) => self.set(Host::Reads(Arc::new(to))),
-            None if told => {}
-            None => self.set(Host::Gone),
+        let mut host = lock(&self.0);
+        match (&*host, to) {
+            (Host::Told, Some(to)) => hang_up(&to),
+            (Host::Told, None) => {}
+            (_, to) => *host = to.map_or(Host::Gone, |to| Host::Reads(Arc::new(to))),
         }
     }
 
@@ -77,12 +79,6 @@ impl Outlet {
         match &*lock(&self.0) {
             Host::Reads(host) => Some(host.clone()),
             Host::Gone | Host::Told => None,
-        }
-    }
-
-    fn set(&self, host: Host) {
-        if let Host::Reads(before) = std::mem::replace(&mut *lock(&self.0), host) {
-            hang_up(&before);
         }
     }
 }
@@ -121,7 +117,7 @@ impl Inlet {
                         }
                     }
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    Err(_) => break,
+                    Err(_) => return,
                 }
             }
             let _ = shutdown(from.as_raw_fd(), Shutdown::Both);

@@ -4,8 +4,9 @@
 //! # Connections
 //!
 //! The guest's init listens on vsock port [`AGENT_PORT`]. When it does, it opens one connection to
-//! the host (CID 2) on port [`READY_PORT`], sends nothing and closes it: that is the host's notice
-//! that the agent may be called (a missing listener on the host is not an error).
+//! the host (CID 2) on port [`READY_PORT`] and sends nothing: that is the host's notice that the agent
+//! may be called (a missing listener on the host is not an error). The host keeps it as long as a
+//! snapshot may be taken.
 //!
 //! The host opens every other connection. Each begins with a [`Hello`] frame from the host and a
 //! [`HelloReply`] frame from the guest. After an accepted hello the connection is one of:
@@ -16,18 +17,17 @@
 //!   half-closes. Standard input flows to the guest, the others to the host. With a terminal there
 //!   are two streams only: [`Stream::Stdin`] and [`Stream::Stdout`]. Flow control is vsock's own
 //!   credit: a host that does not read stops the process, not the agent.
+//! - [`Purpose::Snapshot`]: before the guest accepts it, its processes stand still and its file
+//!   systems are written. They go on when the host hangs up.
 //!
 //! Streams of a process are opened *before* its [`Request::Start`] and named in it, so that no
 //! byte is lost and end-of-file means what it says.
 //!
-//! - [`Purpose::Snapshot`]: before the guest accepts it, its processes stand still and its file
-//!   systems are written. They go on when the host hangs up.
-//!
 //! # Restored machines
 //!
-//! All connections are reset in a machine restored from a snapshot. That is how its agent knows:
-//! processes that stood still go on only after a [`Request::Identity`], for which the host attaches
-//! streams as for a start.
+//! All connections are reset in a machine restored from a snapshot, which is how its agent knows. It
+//! gives notice again; a call before that would be reset with the others. Processes that stood still
+//! go on only after a [`Request::Identity`], for which the host attaches streams as for a start.
 //!
 //! # Frames
 //!
@@ -44,7 +44,7 @@ use serde::{Deserialize, Serialize};
 pub const VERSION: u32 = 2;
 /// vsock port on which the guest's agent listens.
 pub const AGENT_PORT: u32 = 1024;
-/// vsock port on the host that the agent touches once when it listens.
+/// vsock port on the host that the agent calls when it listens.
 pub const READY_PORT: u32 = 1024;
 
 /// First frame of every connection, from the host.

@@ -7,6 +7,7 @@
 mod keeper;
 mod machine;
 mod probe;
+mod tsc;
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
