@@ -88,11 +88,12 @@ fn snapshots_are_listed_and_removed_and_what_is_wrong_with_one_is_said() {
     assert!(!left.iter().any(|name| name.to_string_lossy().contains("warm-list")), "{left:?}");
 }
 
-/// Counts, and says what tells its machine from others.
+/// Counts, and says what tells its machine from others. By builtins: programs take long in the lab.
 const PROGRAM: &str = r#"
-address() { ip -4 addr show eth0 | sed -n 's/.*inet \([^/]*\).*/\1/p'; }
 i=0; while :; do
-    i=$((i + 1)); echo "$i $(hostname) $(address) $(cat /etc/machine-id)"; sleep 0.2
+    i=$((i + 1)); read host </proc/sys/kernel/hostname; read id </etc/machine-id
+    while read first rest; do address=$first; done </etc/hosts
+    echo "$i $host $address ${id:-none}"; sleep 0.2
 done"#;
 
 /// The words of the last whole line.
