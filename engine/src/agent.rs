@@ -16,6 +16,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How long an agent that is up may take to answer a hello.
 const HELLO_LIMIT: Duration = Duration::from_secs(30);
+/// How long processes may take to stand still, and their files to be written.
+const HOLD_LIMIT: Duration = Duration::from_secs(120);
 /// How long a request may wait for a guest that does not read.
 const SEND_LIMIT: Duration = Duration::from_secs(10);
 
@@ -77,9 +79,12 @@ impl Ready {
         Ok(Ready { listener, path })
     }
 
-    /// Waits until the agent listens, `limit` has passed, or `machine` (a pidfd) is readable.
-    pub fn wait(self, machine: BorrowedFd<'_>, limit: Duration) -> Result<(), AgentError> {
-        wait_readable(self.listener.as_fd(), machine, limit)
+    /// Waits until the agent listens, `limit` has passed, or `machine` (a pidfd) is readable. The
+    /// agent's notice is to be kept as long as the machine runs: one that is restored from a
+    /// snapshot of it knows by its loss that it was.
+    pub fn wait(self, machine: BorrowedFd<'_>, limit: Duration) -> Result<UnixStream, AgentError> {
+        wait_readable(self.listener.as_fd(), machine, limit)?;
+        Ok(self.listener.accept()?.0)
     }
 }
 
@@ -117,12 +122,17 @@ fn wait_readable(
 }
 
 /// Opens a connection for this purpose, past the VMM's and the agent's greetings.
-fn open(vsock: &Path, purpose: Purpose, machine: BorrowedFd<'_>) -> Result<UnixStream, AgentError> {
+fn open(
+    vsock: &Path,
+    purpose: Purpose,
+    machine: BorrowedFd<'_>,
+    limit: Duration,
+) -> Result<UnixStream, AgentError> {
     let failed = |error| AgentError::Socket { path: vsock.to_owned(), error };
     let mut stream = UnixStream::connect(vsock).map_err(failed)?;
     stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())?;
     write_frame(&mut stream, &Hello { version: VERSION, purpose })?;
-    let greeting = Greeting { stream: &stream, machine, since: Instant::now(), limit: HELLO_LIMIT };
+    let greeting = Greeting { stream: &stream, machine, since: Instant::now(), limit };
     match greeting.read()? {
         HelloReply::Accepted => Ok(stream),
         HelloReply::WrongVersion(version) => Err(AgentError::Version(version)),
@@ -176,7 +186,12 @@ pub fn attach(
     stream: Stream,
     machine: BorrowedFd<'_>,
 ) -> Result<UnixStream, AgentError> {
-    open(vsock, Purpose::Stream { process, stream }, machine)
+    open(vsock, Purpose::Stream { process, stream }, machine, HELLO_LIMIT)
+}
+
+/// Has the machine's processes stand still for a snapshot, until the connection is dropped.
+pub fn hold_still(vsock: &Path, machine: BorrowedFd<'_>) -> Result<UnixStream, AgentError> {
+    open(vsock, Purpose::Snapshot, machine, HOLD_LIMIT)
 }
 
 /// The control connection.
@@ -187,7 +202,7 @@ pub struct Control {
 impl Control {
     /// Opens it.
     pub fn open(vsock: &Path, machine: BorrowedFd<'_>) -> Result<Control, AgentError> {
-        let stream = open(vsock, Purpose::Control, machine)?;
+        let stream = open(vsock, Purpose::Control, machine, HELLO_LIMIT)?;
         stream.set_write_timeout(Some(SEND_LIMIT))?;
         Ok(Control { stream })
     }

@@ -23,6 +23,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::network::Dns;
 use crate::paths::Paths;
 
 /// Why a container cannot be made or removed.
@@ -55,6 +56,9 @@ pub enum ContainerError {
     /// It runs.
     #[error("container {0} is running; stop it first")]
     Running(String),
+    /// It does not.
+    #[error("container {0} is not running")]
+    NotRunning(String),
     /// No random numbers.
     #[error("cannot get random numbers: {0}")]
     Random(io::Error),
@@ -88,6 +92,18 @@ pub struct Config {
     /// Names of the volumes it uses.
     #[serde(default)]
     pub volumes: Vec<String>,
+    /// Name of its kernel.
+    #[serde(default)]
+    pub kernel: String,
+    /// Whether its process has a terminal.
+    #[serde(default)]
+    pub terminal: bool,
+    /// Name resolution, where it is not the host's.
+    #[serde(default)]
+    pub dns: Dns,
+    /// Lines for /etc/hosts: name and address.
+    #[serde(default)]
+    pub extra_hosts: Vec<(String, String)>,
 }
 
 /// How a container ended.
@@ -302,26 +318,45 @@ pub fn list(paths: &Paths) -> Result<Vec<Listed>, ContainerError> {
     reap(paths)
 }
 
+/// The one of this name or id, or whose id begins so.
+fn find(listed: Vec<Listed>, wanted: &str) -> Result<Listed, ContainerError> {
+    let named = |one: &Listed| one.config.name == wanted || one.config.id == wanted;
+    if let Some(found) = listed.iter().find(|one| named(one)) {
+        return Ok(found.clone());
+    }
+    let mut begin = listed.into_iter().filter(|one| one.config.id.starts_with(wanted));
+    match (begin.next(), begin.next()) {
+        (Some(found), None) if !wanted.is_empty() => Ok(found),
+        (Some(_), Some(_)) => Err(ContainerError::Ambiguous(wanted.to_owned())),
+        _ => Err(ContainerError::Unknown(wanted.to_owned())),
+    }
+}
+
+/// A container that another process holds.
+pub struct Other {
+    /// What it is.
+    pub config: Config,
+    /// Where its sockets are.
+    pub run: PathBuf,
+}
+
+/// A container that runs, by name or the begin of its id.
+pub fn running(paths: &Paths, wanted: &str) -> Result<Other, ContainerError> {
+    let Listed { config, running, .. } = find(list(paths)?, wanted)?;
+    if !running {
+        return Err(ContainerError::NotRunning(config.name));
+    }
+    Ok(Other { run: run_folder(paths, &config.id), config })
+}
+
 /// Removes a container that does not run, by name or the begin of its id; its name.
 pub fn remove(paths: &Paths, wanted: &str) -> Result<(), ContainerError> {
     let all = paths.containers();
     fs::create_dir_all(&all).map_err(at(&all))?;
     let _guard = guard(&all)?;
-    let listed = reap(paths)?;
-    let named = listed.iter().find(|one| one.config.name == wanted || one.config.id == wanted);
-    let found = match named {
-        Some(found) => found,
-        None => {
-            let mut begin = listed.iter().filter(|one| one.config.id.starts_with(wanted));
-            match (begin.next(), begin.next()) {
-                (Some(found), None) if !wanted.is_empty() => found,
-                (Some(_), Some(_)) => return Err(ContainerError::Ambiguous(wanted.to_owned())),
-                _ => return Err(ContainerError::Unknown(wanted.to_owned())),
-            }
-        }
-    };
+    let found = find(reap(paths)?, wanted)?;
     if found.running {
-        return Err(ContainerError::Running(found.config.name.clone()));
+        return Err(ContainerError::Running(found.config.name));
     }
     let folder = all.join(&found.config.id);
     fs::remove_dir_all(&folder).map_err(at(&folder))

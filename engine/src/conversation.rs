@@ -4,11 +4,14 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::thread::JoinHandle;
 
-use agent_protocol::{Message, Request, Start, Stream};
+use agent_protocol::{Identity, Message, Request, Start, Stream, WindowSize};
 
 use crate::agent::{self, Control, printable};
 use crate::run::RunError;
 use crate::stdio::Forwarding;
+
+/// The host's name for the main process.
+const MAIN: u32 = 0;
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,8 +32,8 @@ pub struct Conversation<'a> {
     pub forwarding: &'a Forwarding,
     /// Those who carry the process's output, to be waited for also where this fails.
     pub outputs: &'a mut Vec<JoinHandle<()>>,
-    /// Set once the process runs.
-    pub started: &'a mut bool,
+    /// Called once the process runs.
+    pub on_start: &'a dyn Fn(),
 }
 
 impl Conversation<'_> {
@@ -38,10 +41,30 @@ impl Conversation<'_> {
     ///
     /// The agent is not believed more than it must be: it may say that its process has ended, for
     /// that is its machine's business, and nothing after that counts.
-    pub fn run(self, control: &mut Control, start: Start) -> Result<Exit, RunError> {
-        let terminal = start.process.terminal;
-        for stream in &start.process.streams {
-            let connection = agent::attach(self.vsock, start.process.id, *stream, self.machine)?;
+    pub fn run(mut self, control: &mut Control, start: Start) -> Result<Exit, RunError> {
+        let (main, terminal) = (start.process.id, start.process.terminal);
+        self.attach(&start.process.streams)?;
+        self.forwarding.asked();
+        control.send(&Request::Start(Box::new(start)))?;
+        self.follow(control, main, terminal)
+    }
+
+    /// Gives the machine, restored with a process in it, its identity, and goes on as after a start.
+    pub fn go_on(
+        mut self,
+        control: &mut Control,
+        identity: Identity,
+        terminal: Option<WindowSize>,
+    ) -> Result<Exit, RunError> {
+        self.attach(&identity.streams)?;
+        self.forwarding.asked();
+        control.send(&Request::Identity(Box::new(identity)))?;
+        self.follow(control, MAIN, terminal)
+    }
+
+    fn attach(&mut self, streams: &[Stream]) -> Result<(), RunError> {
+        for stream in streams {
+            let connection = agent::attach(self.vsock, MAIN, *stream, self.machine)?;
             let number = match stream {
                 Stream::Stdin => {
                     self.forwarding.input(connection).map_err(RunError::Stdio)?;
@@ -53,16 +76,26 @@ impl Conversation<'_> {
             let output = self.forwarding.output(connection, number);
             self.outputs.push(output.map_err(RunError::Stdio)?);
         }
-        let main = start.process.id;
-        self.forwarding.asked();
-        control.send(&Request::Start(Box::new(start)))?;
+        Ok(())
+    }
+
+    fn follow(
+        self,
+        control: &mut Control,
+        main: u32,
+        terminal: Option<WindowSize>,
+    ) -> Result<Exit, RunError> {
+        let mut started = false;
         loop {
             match control.receive()? {
-                Message::Started { process } if process == main && !*self.started => {
-                    *self.started = true;
+                Message::Started { process } | Message::Identified { process: Some(process) }
+                    if process == main && !started =>
+                {
+                    started = true;
+                    (self.on_start)();
                     self.forwarding.started(control.try_clone()?, process, terminal);
                 }
-                Message::StartFailed { kind, message } if !*self.started => {
+                Message::StartFailed { kind, message } if !started => {
                     return Err(RunError::Start { kind, message: printable(&message) });
                 }
                 Message::Exited { process, status, out_of_memory } if process == main => {
@@ -78,8 +111,21 @@ impl Conversation<'_> {
     }
 }
 
+/// Gives a restored machine without a process its identity.
+pub fn identify(control: &mut Control, identity: Identity) -> Result<(), RunError> {
+    control.send(&Request::Identity(Box::new(identity)))?;
+    match control.receive()? {
+        Message::Identified { process: None } => Ok(()),
+        Message::StartFailed { kind, message } => {
+            Err(RunError::Start { kind, message: printable(&message) })
+        }
+        other => Err(RunError::Senseless(printable(&format!("{other:?}")))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::io::{Read, Write};
     use std::os::fd::{AsFd, OwnedFd};
     use std::os::unix::net::{UnixListener, UnixStream};
@@ -100,6 +146,7 @@ mod tests {
             network: None,
             time_ns: 0,
             entropy: Vec::new(),
+            machine_id: String::new(),
             process: Process {
                 id: 0,
                 argv: vec!["x".to_owned()],
@@ -144,13 +191,13 @@ mod tests {
         let (machine, _held): (OwnedFd, OwnedFd) = nix::unistd::pipe().unwrap();
         let mut control = Control::open(&vsock, machine.as_fd()).unwrap();
         let forwarding = Forwarding::idle(machine.try_clone().unwrap());
-        let (mut outputs, mut started) = (Vec::new(), false);
+        let (mut outputs, started) = (Vec::new(), Cell::new(false));
         let conversation = Conversation {
             vsock: &vsock,
             machine: machine.as_fd(),
             forwarding: &forwarding,
             outputs: &mut outputs,
-            started: &mut started,
+            on_start: &|| started.set(true),
         };
         let result = conversation.run(&mut control, start(streams));
         control.close();
@@ -158,7 +205,7 @@ mod tests {
             output.join().unwrap();
         }
         agent.join().unwrap();
-        (result, started)
+        (result, started.get())
     }
 
     fn says(messages: Vec<Message>) -> (Result<Exit, RunError>, bool) {

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -70,6 +70,20 @@ pub fn make(paths: &Paths, size: u64, target: &Path) -> Result<(), DiskError> {
         format(copy.path())?;
     }
     copy.persist_noclobber(target).map(drop).map_err(|error| at(target)(error.error))
+}
+
+/// Copies a disk to `target`, which must not exist: by reference where the file system can, else its
+/// data without its holes.
+pub fn copy(from: &Path, target: &Path) -> Result<(), DiskError> {
+    let copy = || {
+        let mut source = File::open(from)?;
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(target)?;
+        if rustix::fs::ioctl_ficlone(&file, &source).is_ok() || copy_sparse(from, &file)? {
+            return Ok(());
+        }
+        io::copy(&mut source, &mut file).map(drop)
+    };
+    copy().map_err(at(target))
 }
 
 fn format(path: &Path) -> Result<(), DiskError> {
@@ -143,14 +157,20 @@ mod tests {
         let paths = Paths::open(Some(folder.path())).unwrap();
         for name in ["one", "two"] {
             let path = folder.path().join(name);
-            make(&paths, 10 << 30, &path).unwrap();
+            make(&paths, 1 << 30, &path).unwrap();
             let metadata = fs::metadata(&path).unwrap();
-            assert_eq!(metadata.len(), 10 << 30);
+            assert_eq!(metadata.len(), 1 << 30);
             assert!(metadata.blocks() * 512 < 16 << 20, "{} blocks", metadata.blocks());
             let check = Command::new("e2fsck").args(["-fn"]).arg(&path).output().unwrap();
             assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
         }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 4, "one, two, run, templates");
+        let (one, copied) = (folder.path().join("one"), folder.path().join("copied"));
+        copy(&one, &copied).unwrap();
+        assert!(copy(&one, &copied).is_err(), "overwritten");
+        assert!(fs::metadata(&copied).unwrap().blocks() * 512 < 16 << 20);
+        let same = Command::new("cmp").args([&one, &copied]).status().unwrap();
+        assert!(same.success());
         let path = folder.path().join("small");
         assert!(matches!(make(&paths, 1 << 20, &path), Err(DiskError::TooSmall(_))));
         assert!(make(&paths, 1 << 30, &folder.path().join("one")).is_err(), "overwritten");

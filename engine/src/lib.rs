@@ -1,17 +1,20 @@
 //! What runs containers on this host: images become micro-VMs with a network, volumes and a state.
 
 pub mod agent;
+pub mod clones;
 pub mod container;
 mod conversation;
 pub mod disk;
 pub mod doctor;
 pub mod kernel;
+mod machine_api;
 mod names;
 pub mod network;
 pub mod paths;
 pub mod programs;
 mod random;
 pub mod run;
+pub mod snapshot;
 pub mod spec;
 pub mod stdio;
 mod vmm;

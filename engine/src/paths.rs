@@ -77,6 +77,11 @@ impl Paths {
         self.state.join("volumes")
     }
 
+    /// A folder per snapshot.
+    pub fn snapshots(&self) -> PathBuf {
+        self.state.join("snapshots")
+    }
+
     /// Empty file systems to copy.
     pub fn templates(&self) -> PathBuf {
         self.state.join("templates")

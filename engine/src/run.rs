@@ -7,27 +7,32 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::{
-    Mount, MountSource, Network as GuestNetwork, Root, Start, StartFailure, Writable,
+    Identity, Mount, MountSource, Network as GuestNetwork, Root, Start, StartFailure, Stream,
+    WindowSize, Writable,
 };
 use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{
-    BootSource, CacheType, Console, Drive, Entropy, IoEngine, Level, Logger, MachineConfig,
-    NetworkInterface, Vsock,
+    BackendType, BootSource, CacheType, Console, ConsoleOverride, Drive, DriveOverride, Entropy,
+    IoEngine, Level, Logger, MachineConfig, MemoryBackend, NetworkInterface, NetworkOverride,
+    RestoredPages, SnapshotLoad, Vsock, VsockOverride,
 };
 use images::Image;
 
 use crate::agent::{AgentError, Control, Ready, printable};
 use crate::container::{Config, Container, ContainerError};
-use crate::conversation::{Conversation, Exit};
+use crate::conversation::{self, Conversation, Exit};
 use crate::disk::{self, DiskError};
 use crate::kernel::{Kernel, KernelError};
+use crate::machine_api::{ApiError, MachineApi};
 use crate::network::{self, Attachment, Dns, NetworkError};
 use crate::paths::Paths;
 use crate::programs::{self, ProgramError};
+use crate::snapshot::{self, Main, Snapshot, SnapshotError, Work};
 use crate::spec::{self, ProcessOptions, SpecError, VolumeArgument};
 use crate::stdio::{Forwarding, Terminal};
 use crate::vmm::{self, Vmm};
@@ -58,6 +63,32 @@ pub enum NetworkMode {
     Default,
     /// Nothing but its loopback.
     None,
+}
+
+/// Where a machine comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Origin<'a> {
+    /// It boots this kernel.
+    Kernel(&'a Kernel),
+    /// It is restored from this snapshot of the image.
+    Snapshot(&'a Snapshot),
+}
+
+impl Origin<'_> {
+    /// The process that runs already.
+    fn main(&self) -> Option<&Main> {
+        match self {
+            Origin::Kernel(_) => None,
+            Origin::Snapshot(snapshot) => snapshot.manifest.main.as_ref(),
+        }
+    }
+
+    fn kernel_name(&self) -> &str {
+        match self {
+            Origin::Kernel(kernel) => &kernel.name,
+            Origin::Snapshot(snapshot) => &snapshot.manifest.kernel,
+        }
+    }
 }
 
 /// What a user asks for, beside the image.
@@ -141,6 +172,12 @@ pub enum RunError {
     /// It ended before its process did.
     #[error("the machine ended before its process did: {0}")]
     Ended(String),
+    /// Its snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The VMM refuses what it is asked for.
+    #[error("cannot restore the machine: {0}")]
+    Restore(#[from] ApiError),
     /// The agent.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -189,19 +226,24 @@ pub fn run(
     paths: &Paths,
     image: &Image,
     root_device: &Path,
-    kernel: &Kernel,
+    origin: Origin<'_>,
     options: &RunOptions,
 ) -> Result<u8, RunError> {
     let program = programs::vmm()?;
-    let initrd = kernel.initrd(&programs::init()?)?;
     // What can be wrong about the wishes is said before anything is made.
-    let check = spec::process(image.config.config().as_ref(), &options.process, "")?;
+    let command = match origin.main() {
+        Some(main) => main.command.clone(),
+        None => spec::process(image.config.config().as_ref(), &options.process, "")?.argv,
+    };
+    if let Origin::Snapshot(snapshot) = origin {
+        snapshot.check_root_device(root_device)?;
+    }
     let config = Config {
         id: String::new(),
         name: options.name.clone(),
         image: options.image.clone(),
         image_id: image.config_digest.to_string(),
-        command: check.argv,
+        command,
         created: 0,
         remove: options.remove,
         labels: options.labels.clone(),
@@ -211,6 +253,13 @@ pub fn run(
             .filter(|volume| !volume.is_path())
             .map(|volume| volume.source.clone())
             .collect(),
+        kernel: origin.kernel_name().to_owned(),
+        terminal: match origin.main() {
+            Some(main) => main.terminal,
+            None => options.process.terminal.is_some(),
+        },
+        dns: options.dns.clone(),
+        extra_hosts: options.extra_hosts.clone(),
     };
     let container = Container::create(paths, config)?;
     if let Err(error) = write_cidfile(options, &container) {
@@ -221,12 +270,12 @@ pub fn run(
         paths,
         image,
         root_device,
-        kernel,
+        origin,
         options,
         container: &container,
         started: Cell::new(false),
     };
-    let result = foreground.run(&program, &initrd);
+    let result = foreground.run(&program);
     let started = foreground.started.get();
     let finished = match &result {
         Ok(exit) => container.finish(exit.status, exit.out_of_memory),
@@ -257,7 +306,7 @@ struct Foreground<'a> {
     paths: &'a Paths,
     image: &'a Image,
     root_device: &'a Path,
-    kernel: &'a Kernel,
+    origin: Origin<'a>,
     options: &'a RunOptions,
     container: &'a Container,
     /// Whether the process ever ran.
@@ -265,20 +314,32 @@ struct Foreground<'a> {
 }
 
 impl Foreground<'_> {
-    fn run(&self, program: &Path, initrd: &Path) -> Result<Exit, RunError> {
+    fn run(&self, program: &Path) -> Result<Exit, RunError> {
         let volumes = self.volumes()?;
-        let attachment = match self.options.network {
-            NetworkMode::None => None,
-            NetworkMode::Default => Some(network::attach(self.options.ip)?),
-        };
+        let attachment =
+            self.has_network().then(|| network::attach(self.options.ip)).transpose()?;
         let writable = self.writable_layer()?;
         let vsock = self.container.run().join("v");
         let ready = Ready::listen(&vsock)?;
-        let config =
-            self.machine(initrd, writable.as_deref(), &volumes, attachment.as_ref(), &vsock);
-        let mut vmm = start_vmm(program, &config, self.container, &volumes, attachment.as_ref())?;
+        let machine = match self.origin {
+            Origin::Kernel(kernel) => {
+                let plan = Plan {
+                    kernel,
+                    root_device: self.root_device,
+                    writable: writable.as_deref(),
+                    cpus: self.options.cpus,
+                    memory: self.options.memory,
+                    debug: self.options.debug,
+                };
+                Some(plan.machine(&volumes, attachment.as_ref(), &vsock, self.container)?)
+            }
+            Origin::Snapshot(_) => None,
+        };
+        let mut vmm =
+            start_vmm(program, machine.as_ref(), self.container, &volumes, attachment.as_ref())?;
         // The VMM has its own copy; ours would keep the address after its end.
         let network = attachment.as_ref().map(|attachment| self.guest_network(attachment));
+        let overrides = attachment.as_ref().map(interface_override);
         drop(attachment);
 
         let forwarding = Forwarding::start(
@@ -286,28 +347,51 @@ impl Foreground<'_> {
             !self.options.no_signals,
         )
         .map_err(RunError::Stdio)?;
-        let (mut outputs, mut started) = (Vec::new(), false);
+        let mut outputs = Vec::new();
+        let process = &self.options.process;
+        let terminal =
+            process.terminal.is_some() || self.origin.main().is_some_and(|it| it.terminal);
+        let on_start = || self.on_start();
+        let mut notice = None;
         let converse = || {
-            ready.wait(vmm.pidfd(), BOOT_LIMIT)?;
+            if let Origin::Snapshot(snapshot) = self.origin {
+                let api = MachineApi::of(self.container.run());
+                api.wait(vmm.pidfd());
+                api.load_snapshot(&self.load(snapshot, writable.as_deref(), overrides, &vsock))?;
+            }
+            notice = Some(ready.wait(vmm.pidfd(), BOOT_LIMIT)?);
             let mut control = Control::open(&vsock, vmm.pidfd())?;
             // Not before, so that Ctrl-C ends a machine that does not come up. Without -i nothing
             // would read the keys: they stay the terminal's, and Ctrl-C a signal.
-            let process = &self.options.process;
-            let raw = process.terminal.is_some() && process.interactive;
+            let raw = terminal && process.interactive;
             let _terminal = Terminal::enter(raw).map_err(RunError::Stdio)?;
             let conversation = Conversation {
                 vsock: &vsock,
                 machine: vmm.pidfd(),
                 forwarding: &forwarding,
                 outputs: &mut outputs,
-                started: &mut started,
+                on_start: &on_start,
             };
-            let start = self.start(network, writable.is_some(), &volumes)?;
-            let exit = conversation.run(&mut control, start)?;
+            let exit = match (self.origin, self.origin.main()) {
+                (_, Some(main)) => {
+                    let identity = self.identity(network, main.streams(process.interactive))?;
+                    // Of which size its terminal was nobody knows: it is told.
+                    let size = main.terminal.then_some(WindowSize { rows: 0, columns: 0 });
+                    conversation.go_on(&mut control, identity, size)?
+                }
+                (origin, None) => {
+                    if matches!(origin, Origin::Snapshot(_)) {
+                        let identity = self.identity(network.clone(), Vec::new())?;
+                        conversation::identify(&mut control, identity)?;
+                    }
+                    let start = self.start(network, writable.is_some(), &volumes)?;
+                    conversation.run(&mut control, start)?
+                }
+            };
             Ok((control, exit))
         };
         let result = converse();
-        self.started.set(started);
+        drop(notice);
         match result {
             Ok((control, exit)) => {
                 control.close();
@@ -333,12 +417,36 @@ impl Foreground<'_> {
         }
     }
 
-    fn writable_layer(&self) -> Result<Option<PathBuf>, RunError> {
-        if self.options.read_only {
-            return Ok(None);
+    fn has_network(&self) -> bool {
+        match self.origin {
+            Origin::Kernel(_) => self.options.network == NetworkMode::Default,
+            Origin::Snapshot(snapshot) => snapshot.manifest.network,
         }
+    }
+
+    /// The process runs. Where somebody waits for that, a service manager for example, it is told
+    /// as sd_notify(3) has it.
+    fn on_start(&self) {
+        self.started.set(true);
+        if let Some(socket) = std::env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()) {
+            let text = format!("READY=1\nX_VMRUN_ID={}", self.container.config.id);
+            let sent = UnixDatagram::unbound().and_then(|it| it.send_to(text.as_bytes(), &socket));
+            if let Err(error) = sent {
+                tracing::warn!("NOTIFY_SOCKET {}: {error}", Path::new(&socket).display());
+            }
+        }
+    }
+
+    fn writable_layer(&self) -> Result<Option<PathBuf>, RunError> {
         let path = self.container.path("writable.ext4");
-        disk::make(self.paths, self.options.disk, &path)?;
+        match self.origin {
+            Origin::Kernel(_) if self.options.read_only => return Ok(None),
+            Origin::Kernel(_) => disk::make(self.paths, self.options.disk, &path)?,
+            Origin::Snapshot(snapshot) => match snapshot.writable() {
+                Some(from) => disk::copy(&from, &path)?,
+                None => return Ok(None),
+            },
+        }
         Ok(Some(path))
     }
 
@@ -352,51 +460,64 @@ impl Foreground<'_> {
             .collect::<Result<_, _>>()?)
     }
 
-    fn machine(
+    /// What makes the machine one of the snapshot, with files and an address of its own.
+    fn load(
         &self,
-        initrd: &Path,
+        snapshot: &Snapshot,
         writable: Option<&Path>,
-        volumes: &[Attached],
-        attachment: Option<&Attachment>,
+        network: Option<NetworkOverride>,
         vsock: &Path,
-    ) -> ConfigFile {
-        let drive = |id: String, path: &Path, is_read_only: bool| Drive {
-            drive_id: id,
-            is_root_device: false,
-            partuuid: None,
-            path_on_host: Some(path.to_owned()),
-            is_read_only,
-            cache_type: CacheType::Writeback,
-            io_engine: IoEngine::Sync,
-            rate_limiter: None,
-            socket: None,
+    ) -> SnapshotLoad {
+        let drive = |id: &str, path: &Path| DriveOverride {
+            drive_id: id.to_owned(),
+            path_on_host: path.to_owned(),
         };
-        let mut config = bare_machine(self.kernel, initrd, vsock, self.container);
-        config.drives.push(drive("image".to_owned(), self.root_device, true));
-        config.drives.extend(writable.map(|path| drive("writable".to_owned(), path, false)));
-        config.drives.extend(volumes.iter().enumerate().map(|(index, volume)| {
-            drive(format!("volume{index}"), &volume.path, volume.argument.read_only)
-        }));
-        config.machine_config = Some(MachineConfig {
-            vcpu_count: self.options.cpus,
-            mem_size_mib: (self.options.memory >> 20) as usize,
-            ..Default::default()
-        });
-        config.network_interfaces = attachment
-            .iter()
-            .map(|attachment| NetworkInterface {
-                iface_id: "eth0".to_owned(),
-                host_dev_name: attachment.tap_name.clone(),
-                guest_mac: Some(attachment.mac.map(|byte| format!("{byte:02x}")).join(":")),
-                mtu: Some(attachment.mtu),
-                rx_rate_limiter: None,
-                tx_rate_limiter: None,
-            })
-            .collect();
-        let level = if self.options.debug { Level::Debug } else { Level::Warning };
-        config.logger =
-            Some(Logger { level: Some(level), show_level: Some(true), ..Default::default() });
-        config
+        let image = drive("image", self.root_device);
+        let writable = writable.map(|path| drive("writable", path));
+        SnapshotLoad {
+            snapshot_path: snapshot.state(),
+            mem_file_path: None,
+            mem_backend: Some(MemoryBackend {
+                backend_type: BackendType::File,
+                backend_path: snapshot.memory(),
+            }),
+            enable_diff_snapshots: false,
+            track_dirty_pages: false,
+            resume_vm: true,
+            network_overrides: network.into_iter().collect(),
+            vsock_override: Some(VsockOverride { uds_path: vsock.to_owned() }),
+            drive_overrides: std::iter::once(image).chain(writable).collect(),
+            console_override: Some(ConsoleOverride {
+                output_path: self.container.path("console.log"),
+            }),
+            clock_realtime: false,
+            huge_pages: RestoredPages::Snapshot,
+        }
+    }
+
+    fn hostname(&self) -> String {
+        let id = || crate::container::short(&self.container.config.id).to_owned();
+        self.options.hostname.clone().unwrap_or_else(id)
+    }
+
+    /// 32 digits that no other machine has.
+    fn machine_id(&self) -> String {
+        self.container.config.id.chars().take(32).collect()
+    }
+
+    fn identity(
+        &self,
+        network: Option<GuestNetwork>,
+        streams: Vec<Stream>,
+    ) -> Result<Identity, RunError> {
+        Ok(Identity {
+            hostname: self.hostname(),
+            network,
+            time_ns: now(),
+            entropy: entropy()?,
+            machine_id: self.machine_id(),
+            streams,
+        })
     }
 
     fn guest_network(&self, attachment: &Attachment) -> GuestNetwork {
@@ -423,8 +544,7 @@ impl Foreground<'_> {
         writable: bool,
         volumes: &[Attached],
     ) -> Result<Start, RunError> {
-        let id = crate::container::short(&self.container.config.id).to_owned();
-        let hostname = self.options.hostname.clone().unwrap_or(id);
+        let hostname = self.hostname();
         let process =
             spec::process(self.image.config.config().as_ref(), &self.options.process, &hostname)?;
         let writable = match writable {
@@ -442,19 +562,180 @@ impl Foreground<'_> {
             target: volume.argument.target.clone(),
             read_only: volume.argument.read_only,
         });
-        let mut entropy = vec![0; 64];
-        crate::random::fill(&mut entropy).map_err(RunError::Stdio)?;
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let restored = matches!(self.origin, Origin::Snapshot(_));
         Ok(Start {
             root: Root { device: "/dev/vda".to_owned(), writable },
             mounts: self.options.tmpfs.iter().cloned().chain(devices).collect(),
             hostname,
             network,
-            time_ns: since.as_nanos() as u64,
-            entropy,
+            time_ns: now(),
+            entropy: entropy()?,
+            machine_id: if restored { self.machine_id() } else { String::new() },
             process,
         })
     }
+}
+
+/// Nanoseconds since 1970.
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_nanos() as u64
+}
+
+fn entropy() -> Result<Vec<u8>, RunError> {
+    let mut bytes = vec![0; 64];
+    crate::random::fill(&mut bytes).map_err(RunError::Stdio)?;
+    Ok(bytes)
+}
+
+/// An address in text.
+fn mac(attachment: &Attachment) -> String {
+    attachment.mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+fn interface_override(attachment: &Attachment) -> NetworkOverride {
+    NetworkOverride {
+        iface_id: "eth0".to_owned(),
+        host_dev_name: attachment.tap_name.clone(),
+        guest_mac: Some(mac(attachment)),
+    }
+}
+
+/// A machine that boots.
+struct Plan<'a> {
+    kernel: &'a Kernel,
+    root_device: &'a Path,
+    writable: Option<&'a Path>,
+    cpus: u8,
+    memory: u64,
+    debug: bool,
+}
+
+impl Plan<'_> {
+    fn machine(
+        &self,
+        volumes: &[Attached],
+        attachment: Option<&Attachment>,
+        vsock: &Path,
+        container: &Container,
+    ) -> Result<ConfigFile, RunError> {
+        let initrd = self.kernel.initrd(&programs::init()?)?;
+        let drive = |id: String, path: &Path, is_read_only: bool| Drive {
+            drive_id: id,
+            is_root_device: false,
+            partuuid: None,
+            path_on_host: Some(path.to_owned()),
+            is_read_only,
+            cache_type: CacheType::Writeback,
+            io_engine: IoEngine::Sync,
+            rate_limiter: None,
+            socket: None,
+        };
+        let mut config = bare_machine(self.kernel, &initrd, vsock, container);
+        config.drives.push(drive("image".to_owned(), self.root_device, true));
+        config.drives.extend(self.writable.map(|path| drive("writable".to_owned(), path, false)));
+        config.drives.extend(volumes.iter().enumerate().map(|(index, volume)| {
+            drive(format!("volume{index}"), &volume.path, volume.argument.read_only)
+        }));
+        config.machine_config = Some(MachineConfig {
+            vcpu_count: self.cpus,
+            mem_size_mib: (self.memory >> 20) as usize,
+            ..Default::default()
+        });
+        config.network_interfaces = attachment
+            .iter()
+            .map(|attachment| NetworkInterface {
+                iface_id: "eth0".to_owned(),
+                host_dev_name: attachment.tap_name.clone(),
+                guest_mac: Some(mac(attachment)),
+                mtu: Some(attachment.mtu),
+                rx_rate_limiter: None,
+                tx_rate_limiter: None,
+            })
+            .collect();
+        let level = if self.debug { Level::Debug } else { Level::Warning };
+        config.logger =
+            Some(Logger { level: Some(level), show_level: Some(true), ..Default::default() });
+        Ok(config)
+    }
+}
+
+/// A machine in which no process runs yet, for a snapshot.
+#[derive(Clone, Debug)]
+pub struct WarmOptions {
+    /// The image as the user named it.
+    pub image: String,
+    /// Memory in bytes.
+    pub memory: u64,
+    /// Number of virtual processors.
+    pub cpus: u8,
+    /// No writable layer.
+    pub read_only: bool,
+    /// Size of the writable layer in bytes.
+    pub disk: u64,
+    /// Network.
+    pub network: NetworkMode,
+    /// Let the VMM log everything.
+    pub debug: bool,
+}
+
+/// Boots a machine of an image until it waits for what to run, and makes a snapshot of it there. To
+/// be called on the main thread.
+pub fn snapshot_warm(
+    paths: &Paths,
+    image: &Image,
+    root_device: &Path,
+    kernel: &Kernel,
+    options: &WarmOptions,
+    name: &str,
+) -> Result<(), RunError> {
+    let program = programs::vmm()?;
+    let work = Work::begin(paths, name)?;
+    let config = Config {
+        image: options.image.clone(),
+        image_id: image.config_digest.to_string(),
+        remove: true,
+        ..Config::default()
+    };
+    let container = Container::create(paths, config)?;
+    let attempt = || {
+        let attachment = match options.network {
+            NetworkMode::None => None,
+            NetworkMode::Default => Some(network::attach(None)?),
+        };
+        let writable = (!options.read_only).then(|| container.path("writable.ext4"));
+        if let Some(path) = &writable {
+            disk::make(paths, options.disk, path)?;
+        }
+        let vsock = container.run().join("v");
+        let ready = Ready::listen(&vsock)?;
+        let plan = Plan {
+            kernel,
+            root_device,
+            writable: writable.as_deref(),
+            cpus: options.cpus,
+            memory: options.memory,
+            debug: options.debug,
+        };
+        let machine = plan.machine(&[], attachment.as_ref(), &vsock, &container)?;
+        let mut vmm = start_vmm(&program, Some(&machine), &container, &[], attachment.as_ref())?;
+        let _notice = match ready.wait(vmm.pidfd(), BOOT_LIMIT) {
+            Ok(notice) => notice,
+            Err(error) => return Err(explain(error.into(), &mut vmm, &container)),
+        };
+        Ok(work.take(&MachineApi::of(container.run()))?)
+    };
+    let taken = attempt();
+    container.discard()?;
+    let origin = snapshot::Origin {
+        image: options.image.clone(),
+        image_id: image.config_digest.to_string(),
+        kernel: kernel.name.clone(),
+        main: None,
+        dns: Dns::default(),
+        extra_hosts: Vec::new(),
+    };
+    Ok(work.finish(&taken?, origin)?)
 }
 
 /// What every machine has: a kernel, a console, entropy, and the agent's vsock.
@@ -473,17 +754,21 @@ fn bare_machine(kernel: &Kernel, initrd: &Path, vsock: &Path, container: &Contai
     config
 }
 
-/// Starts the VMM of a container, which inherits the locks and the network.
+/// Starts the VMM of a container, which inherits the locks and the network. Without a machine it
+/// waits for one over its API.
 fn start_vmm(
     program: &Path,
-    config: &ConfigFile,
+    machine: Option<&ConfigFile>,
     container: &Container,
     volumes: &[Attached],
     attachment: Option<&Attachment>,
 ) -> Result<Vmm, RunError> {
     let path = container.path("vm.json");
-    let text = serde_json::to_vec(config).map_err(io::Error::from).map_err(at(&path))?;
-    std::fs::write(&path, text).map_err(at(&path))?;
+    if let Some(machine) = machine {
+        let text = serde_json::to_vec(machine).map_err(io::Error::from).map_err(at(&path))?;
+        std::fs::write(&path, text).map_err(at(&path))?;
+    }
+    let api = MachineApi::of(container.run());
     let log_path = container.path("vmm.log");
     let log = OpenOptions::new()
         .append(true)
@@ -495,7 +780,11 @@ fn start_vmm(
     inherited.extend(volumes.iter().map(|volume| volume.lock.as_raw_fd()));
     inherited.extend(attachment.map(|attachment| attachment.tap.as_raw_fd()));
     let arguments = |command: &mut std::process::Command| {
-        command.arg("--config-file").arg(&path).arg("--no-api");
+        match machine {
+            Some(_) => command.arg("--config-file").arg(&path),
+            None => command.args(["--level", "Warning", "--show-level"]),
+        };
+        command.arg("--api-sock").arg(api.socket());
         command.args(["--id", &container.config.name]);
         if let Some(attachment) = attachment {
             command.arg("--tap-fd").arg(format!("eth0={}", vmm::number(&attachment.tap)));
@@ -511,6 +800,7 @@ fn explain(error: RunError, vmm: &mut Vmm, container: &Container) -> RunError {
     let broken = matches!(
         &error,
         RunError::Agent(AgentError::MachineEnded | AgentError::Io(_) | AgentError::Frame(_))
+            | RunError::Restore(ApiError::Socket { .. } | ApiError::Senseless(_))
     );
     if !broken && !silent {
         return error;
@@ -567,9 +857,9 @@ pub fn try_boot(paths: &Paths, kernel: &Kernel) -> Result<Duration, RunError> {
         config.machine_config =
             Some(MachineConfig { vcpu_count: 1, mem_size_mib: 128, ..Default::default() });
         let since = Instant::now();
-        let mut vmm = start_vmm(&program, &config, &container, &[], None)?;
+        let mut vmm = start_vmm(&program, Some(&config), &container, &[], None)?;
         match ready.wait(vmm.pidfd(), TRIAL_LIMIT) {
-            Ok(()) => Ok(since.elapsed()),
+            Ok(_) => Ok(since.elapsed()),
             Err(error) => Err(explain(error.into(), &mut vmm, &container)),
         }
     };

@@ -42,6 +42,12 @@ pub fn unblock_signals() -> io::Result<()> {
     Ok(watched().thread_unblock()?)
 }
 
+/// Waits for a signal that means the end, for who has no process to forward signals to; its number.
+pub fn wait_for_end() -> io::Result<i32> {
+    let ends = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
+    Ok(ends.into_iter().collect::<SigSet>().wait()? as i32)
+}
+
 fn watched() -> SigSet {
     FORWARDED.into_iter().chain([Signal::SIGWINCH]).collect()
 }

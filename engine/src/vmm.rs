@@ -31,30 +31,7 @@ impl Vmm {
         let mut command = Command::new(program);
         arguments(&mut command);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).env_clear();
-        let inherited = inherited.to_vec();
-        let parent = nix::unistd::getpid();
-        let prepare = move || {
-            // Not in the terminal's process group: Ctrl-C is for the guest's process.
-            nix::unistd::setsid()?;
-            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-            // Signals that wait for our forwarding are none of the VMM's business.
-            nix::sys::signal::SigSet::empty().thread_set_mask()?;
-            // The parent may have died before the last line.
-            if nix::unistd::getppid() != parent {
-                return Err(io::ErrorKind::BrokenPipe.into());
-            }
-            for descriptor in &inherited {
-                // SAFETY: the parent holds the descriptors open until the child is there.
-                let descriptor = unsafe { BorrowedFd::borrow_raw(*descriptor) };
-                nix::fcntl::fcntl(
-                    descriptor,
-                    nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
-                )?;
-            }
-            Ok(())
-        };
-        // SAFETY: the closure only makes system calls with data made before the fork.
-        unsafe { command.pre_exec(prepare) };
+        tie_to_this_process(&mut command, inherited.to_vec());
         let child = command.spawn()?;
         let pid = rustix::process::Pid::from_child(&child);
         let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
@@ -92,6 +69,34 @@ impl Drop for Vmm {
         self.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Has the kernel kill what the command starts when the thread that starts it ends, and lets it
+/// inherit descriptors, which are to be open until it is there.
+pub fn tie_to_this_process(command: &mut Command, inherited: Vec<RawFd>) {
+    let parent = nix::unistd::getpid();
+    let prepare = move || {
+        // Not in the terminal's process group: Ctrl-C is for the guest's process.
+        nix::unistd::setsid()?;
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        // Signals that wait for our forwarding are none of its business.
+        nix::sys::signal::SigSet::empty().thread_set_mask()?;
+        // The parent may have died before the last line.
+        if nix::unistd::getppid() != parent {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        for descriptor in &inherited {
+            // SAFETY: the parent holds the descriptors open until the child is there.
+            let descriptor = unsafe { BorrowedFd::borrow_raw(*descriptor) };
+            nix::fcntl::fcntl(
+                descriptor,
+                nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
+            )?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure only makes system calls with data made before the fork.
+    unsafe { command.pre_exec(prepare) };
 }
 
 /// Kills a VMM by its pidfd, from another thread than the one that waits for it.

@@ -18,6 +18,7 @@ use nix::sys::socket::{
 };
 
 use crate::error::{Context, SetupError};
+use crate::freezer::{self, Frozen};
 use crate::process::Process;
 use crate::{early, process};
 
@@ -39,8 +40,18 @@ struct State {
     controls: u64,
     started: bool,
     main: Option<Arc<Process>>,
+    /// Processes that stand still for a snapshot.
+    frozen: Option<Frozen>,
     /// The last word on the main process, for a host that comes back for it.
     last: Option<Message>,
+}
+
+impl State {
+    /// The streams of a process that the host has attached.
+    fn take_streams(&mut self, process: u32, wanted: &[Stream]) -> HashMap<Stream, File> {
+        let take = |stream: &Stream| Some((*stream, self.streams.remove(&(process, *stream))?));
+        wanted.iter().filter_map(take).collect()
+    }
 }
 
 impl Shared {
@@ -56,6 +67,19 @@ impl Shared {
         {
             early::log(&format!("message to the host: {error}"));
             state.control = None;
+        }
+    }
+
+    /// Closes all that is left of connections which were reset: the host is going to use their ports
+    /// again. Those that somebody waits for close themselves.
+    fn forget_connections(&self) {
+        let mut state = self.lock();
+        state.streams.clear();
+        state.control = None;
+        let main = state.main.clone();
+        drop(state);
+        if let Some(main) = main {
+            main.disconnect();
         }
     }
 
@@ -93,8 +117,13 @@ pub fn serve() -> Result<(), SetupError> {
     bind(listener.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, AGENT_PORT))
         .context(|| "vsock: bind".to_owned())?;
     listen(&listener, Backlog::MAXCONN).context(|| "vsock: listen".to_owned())?;
-    announce()?;
+    let notice = announce()?;
     let shared = Arc::new(Shared::default());
+    let told = shared.clone();
+    thread::Builder::new()
+        .stack_size(256 << 10)
+        .spawn(move || stay_announced(&told, notice))
+        .context(|| "vsock".to_owned())?;
     loop {
         let connection = match accept4(listener.as_raw_fd(), flags) {
             // SAFETY: accept4 has just returned this descriptor, and nobody else knows it.
@@ -121,8 +150,29 @@ pub fn serve() -> Result<(), SetupError> {
     }
 }
 
-/// Touches the host's port, so that it knows that we listen. The transport may still be on its way.
-fn announce() -> Result<(), SetupError> {
+/// Tells the host anew that we listen when the notice is lost: this machine was restored, and all
+/// connections were reset. The host must not call before, for its calls would be lost too.
+fn stay_announced(shared: &Shared, mut notice: Option<File>) {
+    while let Some(mut connection) = notice.take() {
+        match connection.read(&mut [0]) {
+            Err(error) if error.kind() != std::io::ErrorKind::Interrupted => {
+                drop(connection);
+                shared.forget_connections();
+                notice = announce().unwrap_or_else(|error| {
+                    early::log(&format!("{error}"));
+                    None
+                });
+            }
+            Err(_) => notice = Some(connection),
+            // The host has hung up, as it may.
+            Ok(_) => {}
+        }
+    }
+}
+
+/// Calls the host's port, so that it knows that we listen; none where nobody is there. The transport
+/// may still be on its way.
+fn announce() -> Result<Option<File>, SetupError> {
     for _ in 0..1000 {
         let probe = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
             .context(|| "vsock".to_owned())?;
@@ -130,8 +180,9 @@ fn announce() -> Result<(), SetupError> {
             Err(nix::Error::ENODEV | nix::Error::ENETUNREACH | nix::Error::EADDRNOTAVAIL) => {
                 thread::sleep(Duration::from_millis(2));
             }
+            Ok(()) => return Ok(Some(File::from(probe))),
             // Nobody there is fine: the host may call all the same.
-            _ => return Ok(()),
+            Err(_) => return Ok(None),
         }
     }
     Err(SetupError::setup("vsock: there is no vsock device"))
@@ -145,6 +196,7 @@ fn greet(shared: &Arc<Shared>, mut connection: File) {
     }
     match hello.purpose {
         Purpose::Control => control(shared, connection),
+        Purpose::Snapshot => hold_still(shared, connection),
         Purpose::Stream { process, stream } => {
             let mut state = shared.lock();
             let refusal = if state.streams.contains_key(&(process, stream)) {
@@ -162,6 +214,31 @@ fn greet(shared: &Arc<Shared>, mut connection: File) {
                 state.streams.insert((process, stream), connection);
             }
         }
+    }
+}
+
+/// Has all processes stand still while the host takes a snapshot. In a machine restored from it the
+/// connection is not hung up but reset: there they wait for the machine's identity.
+fn hold_still(shared: &Arc<Shared>, mut connection: File) {
+    let frozen = {
+        let mut state = shared.lock();
+        match (&state.frozen, &state.main) {
+            (Some(_), _) => Err("a snapshot is being taken already".to_owned()),
+            (None, None) => Err("its process does not run yet".to_owned()),
+            (None, Some(_)) => freezer::freeze()
+                .map(|frozen| state.frozen = Some(frozen))
+                .map_err(|error| format!("its processes do not stand still: {error}")),
+        }
+    };
+    if let Err(reason) = frozen {
+        let _ = write_frame(&mut connection, &HelloReply::Refused(reason));
+        return;
+    }
+    // What only the guest's memory has would not be in a copy of the disk.
+    nix::unistd::sync();
+    let told = write_frame(&mut connection, &HelloReply::Accepted);
+    if told.is_err() || connection.read(&mut [0]).is_ok() {
+        shared.lock().frozen = None;
     }
 }
 
@@ -207,11 +284,7 @@ fn handle(shared: &Arc<Shared>, request: Request) {
                     shared.tell(&Message::StartFailed { kind: StartFailure::Setup, message });
                     return;
                 }
-                let id = start.process.id;
-                let wanted = start.process.streams.iter();
-                wanted
-                    .filter_map(|stream| Some((*stream, state.streams.remove(&(id, *stream))?)))
-                    .collect()
+                state.take_streams(start.process.id, &start.process.streams)
             };
             let id = start.process.id;
             // In a thread of its own: signals must reach the process meanwhile.
@@ -234,6 +307,22 @@ fn handle(shared: &Arc<Shared>, request: Request) {
             if let Err(error) = thread::Builder::new().spawn(run) {
                 let message = format!("no thread to start the process: {error}");
                 shared.finish(Message::StartFailed { kind: StartFailure::Setup, message });
+            }
+        }
+        Request::Identity(identity) => {
+            let mut state = shared.lock();
+            let main = state.main.clone();
+            let id = main.as_ref().map(|main| main.id());
+            let streams = state.take_streams(id.unwrap_or_default(), &identity.streams);
+            drop(state);
+            match process::identify(&identity, main.as_deref(), streams) {
+                Ok(()) => {
+                    shared.tell(&Message::Identified { process: id });
+                    shared.lock().frozen = None;
+                }
+                Err(SetupError { kind, message }) => {
+                    shared.tell(&Message::StartFailed { kind, message });
+                }
             }
         }
         Request::Signal { process, signal, group } => {
@@ -298,6 +387,7 @@ mod tests {
             network: None,
             time_ns: 0,
             entropy: vec![],
+            machine_id: String::new(),
             process: Description {
                 id: 0,
                 argv: vec![],
@@ -373,6 +463,14 @@ mod tests {
         assert!(matches!(reply, Some(Message::StartFailed { kind: StartFailure::Setup, .. })));
         drop(host);
         agent.join().unwrap();
+    }
+
+    #[test]
+    fn a_machine_without_a_process_does_not_stand_still_for_a_snapshot() {
+        let shared: Arc<Shared> = Arc::default();
+        let (_, agent, reply) = hello(&shared, VERSION, Purpose::Snapshot);
+        agent.join().unwrap();
+        assert!(matches!(&reply, HelloReply::Refused(why) if why.contains("yet")), "{reply:?}");
     }
 
     /// HOSTILE.md 15, from the other side: what is no frame ends its connection and nothing else.

@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
@@ -24,6 +25,7 @@ pub fn set_up() -> Result<(), SetupError> {
             Err(error) => return Err(error).context(|| format!("mount {target}")),
         }
     }
+    kernel_log();
     load_modules()
 }
 
@@ -45,9 +47,16 @@ fn load_modules() -> Result<(), SetupError> {
     Ok(())
 }
 
+/// The kernel's log. Open from the beginning: an image has no such device.
+static LOG: OnceLock<Option<File>> = OnceLock::new();
+
+fn kernel_log() -> Option<&'static File> {
+    LOG.get_or_init(|| OpenOptions::new().write(true).open("/dev/kmsg").ok()).as_ref()
+}
+
 /// Leaves a line in the kernel's log, which reaches the console.
 pub fn log(message: &str) {
-    if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
+    if let Some(mut log) = kernel_log() {
         // Level 3, an error: shown even with `quiet`.
         let _ = log.write_all(format!("<3>vmrun-init: {message}\n").as_bytes());
     }

@@ -6,6 +6,7 @@ mod devices;
 mod early;
 mod error;
 mod files;
+mod freezer;
 mod mounts;
 mod network;
 mod process;

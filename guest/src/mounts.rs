@@ -1,12 +1,11 @@
 //! From the initramfs to the image: the root file system and what is mounted over it.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, lchown, symlink};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 
-use agent_protocol::{Mount, MountSource, Root, Start, Writable};
+use agent_protocol::{Mount, MountSource, Network, Root, Start, Writable};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MsFlags, mount};
@@ -43,11 +42,19 @@ impl Drop for Volume {
     }
 }
 
+/// What a machine keeps of its mounts.
+pub struct Mounted {
+    /// Those to be left clean.
+    pub volumes: Vec<Volume>,
+    /// Files over the image's.
+    pub files: DecidedFiles,
+}
+
 /// Mounts the image with its writable layer, moves there, and mounts what a container has.
-pub fn enter(start: &Start) -> Result<Vec<Volume>, SetupError> {
+pub fn enter(start: &Start) -> Result<Mounted, SetupError> {
     mount_root(&start.root)?;
     // Files made here stay reachable by descriptor after the move.
-    let prepared = prepare_files(start)?;
+    let files = DecidedFiles::prepare(start)?;
     fs::create_dir_all(format!("{ROOT}/dev")).context(|| "/dev".to_owned())?;
     mount_kind("tmpfs", &format!("{ROOT}/dev"), MsFlags::MS_NOSUID, "mode=755,size=65536k")?;
     devices::populate(Path::new(&format!("{ROOT}/dev")))?;
@@ -59,9 +66,10 @@ pub fn enter(start: &Start) -> Result<Vec<Volume>, SetupError> {
     }
     switch_root()?;
     pseudo_file_systems()?;
-    for (file, path) in &prepared {
+    for (file, path) in &files.0 {
         bind_file(file, path)?;
     }
+    write_machine_id(&start.machine_id);
     for (mount, volume) in start.mounts.iter().zip(&volumes) {
         mount_one(mount, volume.as_ref())?;
     }
@@ -73,7 +81,7 @@ pub fn enter(start: &Start) -> Result<Vec<Volume>, SetupError> {
         mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
             .context(|| "cannot make the root read-only".to_owned())?;
     }
-    Ok(volumes.into_iter().flatten().collect())
+    Ok(Mounted { volumes: volumes.into_iter().flatten().collect(), files })
 }
 
 fn mount_root(root: &Root) -> Result<(), SetupError> {
@@ -152,29 +160,50 @@ fn pseudo_file_systems() -> Result<(), SetupError> {
     Ok(())
 }
 
-/// The files that the host's request decides, open, each with its path in the image.
-fn prepare_files(start: &Start) -> Result<Vec<(File, &'static str)>, SetupError> {
-    let mut prepared = Vec::new();
-    let mut add = |path: &'static str, text: String| {
-        let name = format!("/prepared{}", path.replace('/', "-"));
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o644)
-            .open(&name)
-            .context(|| path.to_owned())?;
-        file.write_all(text.as_bytes()).context(|| path.to_owned())?;
-        prepared.push((file, path));
-        Ok::<_, SetupError>(())
-    };
-    add("/etc/hostname", format!("{}\n", start.hostname))?;
-    add("/etc/hosts", files::hosts(&start.hostname, start.network.as_ref()))?;
-    if let Some(network) = &start.network {
-        add("/etc/resolv.conf", files::resolv_conf(network))?;
+/// The files that the host decides, open, each with its path in the image.
+pub struct DecidedFiles(Vec<(File, &'static str)>);
+
+impl DecidedFiles {
+    fn prepare(start: &Start) -> Result<DecidedFiles, SetupError> {
+        let mut paths = vec!["/etc/hostname", "/etc/hosts"];
+        paths.extend(start.network.as_ref().map(|_| "/etc/resolv.conf"));
+        let open = |path: &'static str| {
+            let name = format!("/prepared{}", path.replace('/', "-"));
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(true).mode(0o644);
+            Ok((options.open(&name).context(|| path.to_owned())?, path))
+        };
+        let files = paths.into_iter().map(open).collect::<Result<_, SetupError>>()?;
+        let files = DecidedFiles(files);
+        files.write(&start.hostname, start.network.as_ref())?;
+        Ok(files)
     }
-    Ok(prepared)
+
+    /// Writes them, in place of what they have.
+    pub fn write(&self, hostname: &str, network: Option<&Network>) -> Result<(), SetupError> {
+        for (file, path) in &self.0 {
+            let text = match *path {
+                "/etc/hostname" => format!("{hostname}\n"),
+                "/etc/hosts" => files::hosts(hostname, network),
+                _ => network.map(files::resolv_conf).unwrap_or_default(),
+            };
+            file.set_len(0).context(|| path.to_string())?;
+            file.write_all_at(text.as_bytes(), 0).context(|| path.to_string())?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes the machine's id where the image has a file for it. One that cannot be written, below a
+/// read-only root, keeps what it has.
+pub fn write_machine_id(id: &str) {
+    const PATH: &str = "/etc/machine-id";
+    if id.is_empty() || !fs::symlink_metadata(PATH).is_ok_and(|file| file.is_file()) {
+        return;
+    }
+    if let Err(error) = fs::write(PATH, format!("{id}\n")) {
+        crate::early::log(&format!("{PATH}: {error}"));
+    }
 }
 
 /// Binds a file over a path of the image, whose links lead where they lead in the image.

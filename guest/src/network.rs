@@ -39,6 +39,38 @@ pub fn set_up(network: Option<&Network>) -> Result<(), SetupError> {
     Ok(())
 }
 
+/// Gives the machine's interface, which is down or may go down, this MAC address.
+pub fn rename(mac: [u8; 6]) -> Result<(), SetupError> {
+    let failed = || "network: MAC address".to_owned();
+    let netlink = Netlink::open().context(|| "netlink".to_owned())?;
+    let index = hardware().context(failed)?;
+    netlink.down(index).context(failed)?;
+    netlink.set_mac(index, mac).context(failed)
+}
+
+/// Gives the machine's interface the MAC address, address and route of `after`. What belonged to
+/// the address before is gone.
+pub fn replace(before: Option<&Network>, after: &Network) -> Result<(), SetupError> {
+    // While it is down the interface has no routes.
+    rename(after.mac)?;
+    if let Some(Network { address: (address, prefix), .. }) = before {
+        let netlink = Netlink::open().context(|| "netlink".to_owned())?;
+        let index = hardware().context(|| "network: eth0".to_owned())?;
+        // A program may have removed it.
+        let _ = netlink.remove_address(index, (*address).into(), *prefix);
+    }
+    set_up(Some(after))
+}
+
+/// Index of the one interface that is not the kernel's own.
+fn hardware() -> io::Result<u32> {
+    let entries = std::fs::read_dir("/sys/class/net")?;
+    let mut found = entries.flatten().filter(|entry| entry.path().join("device").exists());
+    let entry = found.next().ok_or(io::ErrorKind::NotFound)?;
+    let index = std::fs::read_to_string(entry.path().join("ifindex"))?;
+    index.trim().parse().map_err(io::Error::other)
+}
+
 /// Index of the interface with this MAC address; sysfs says it in text.
 fn find(mac: &[u8; 6]) -> Result<u32, SetupError> {
     let wanted = mac.map(|byte| format!("{byte:02x}")).join(":");
@@ -111,14 +143,27 @@ impl Netlink {
         self.ask(libc::RTM_SETLINK, link, 0)
     }
 
+    fn down(&self, index: u32) -> io::Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        link.header.change_mask = LinkFlags::Up;
+        self.ask(libc::RTM_SETLINK, link, 0)
+    }
+
+    fn set_mac(&self, index: u32, mac: [u8; 6]) -> io::Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        link.attributes.push(LinkAttribute::Address(mac.to_vec()));
+        self.ask(libc::RTM_SETLINK, link, 0)
+    }
+
     fn add_address(&self, index: u32, address: Ipv4Addr, prefix: u8) -> io::Result<()> {
-        let mut message = AddressMessage::default();
-        message.header.family = AddressFamily::Inet;
-        message.header.index = index;
-        message.header.prefix_len = prefix;
-        let ip = IpAddr::V4(address);
-        message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+        let message = address_message(index, address, prefix);
         self.ask(libc::RTM_NEWADDR, message, NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
+    fn remove_address(&self, index: u32, address: Ipv4Addr, prefix: u8) -> io::Result<()> {
+        self.ask(libc::RTM_DELADDR, address_message(index, address, prefix), 0)
     }
 
     fn add_default_route(&self, index: u32, gateway: Ipv4Addr) -> io::Result<()> {
@@ -150,4 +195,14 @@ impl Netlink {
             _ => Ok(()),
         }
     }
+}
+
+fn address_message(index: u32, address: Ipv4Addr, prefix: u8) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.index = index;
+    message.header.prefix_len = prefix;
+    let ip = IpAddr::V4(address);
+    message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+    message
 }

@@ -10,10 +10,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use agent_protocol::{Process as Description, Start, StartFailure, Stream, WindowSize};
+use agent_protocol::{
+    Identity as MachineIdentity, Network, Process as Description, Start, StartFailure, Stream,
+    WindowSize,
+};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::mount::{MsFlags, mount};
 use nix::pty::{Winsize, openpty};
@@ -23,13 +26,16 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::error::{Context, SetupError};
-use crate::mounts::Volume;
+use crate::mounts::{DecidedFiles, Mounted, Volume};
+use crate::streams::{Inlet, Outlet};
 use crate::users::Identity;
 use crate::{early, mounts, network, streams, users};
 
 nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, Winsize);
 // RNDADDENTROPY, `_IOW('R', 3, int[2])`.
 nix::ioctl_write_ptr!(add_to_pool, b'R', 3, [libc::c_int; 2]);
+// RNDRESEEDCRNG, `_IO('R', 7)`.
+nix::ioctl_none!(reseed_generator, b'R', 7);
 nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
 
 /// Where programs are sought when the environment does not say.
@@ -40,9 +46,13 @@ pub struct Process {
     id: u32,
     pid: Pid,
     terminal: Option<File>,
+    inlet: Option<Inlet>,
+    outlets: HashMap<Stream, Outlet>,
     pumps: Mutex<Vec<JoinHandle<()>>>,
     killed_before: u64,
     volumes: Mutex<Vec<Volume>>,
+    files: DecidedFiles,
+    network: Mutex<Option<Network>>,
 }
 
 /// How a process ended.
@@ -59,10 +69,42 @@ pub fn start_machine(start: &Start, streams: HashMap<Stream, File>) -> Result<Pr
     add_entropy(&start.entropy);
     nix::unistd::sethostname(&start.hostname).context(|| "hostname".to_owned())?;
     network::set_up(start.network.as_ref())?;
-    let volumes = mounts::enter(start)?;
+    let mounted = mounts::enter(start)?;
     // Others go first when memory runs out.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
-    spawn(&start.process, streams, volumes)
+    spawn(start, streams, mounted)
+}
+
+/// Makes a restored machine one of its own. Its process, where it has one, does not run meanwhile.
+pub fn identify(
+    identity: &MachineIdentity,
+    main: Option<&Process>,
+    mut streams: HashMap<Stream, File>,
+) -> Result<(), SetupError> {
+    set_clock(identity.time_ns);
+    add_entropy(&identity.entropy);
+    reseed();
+    nix::unistd::sethostname(&identity.hostname).context(|| "hostname".to_owned())?;
+    let Some(main) = main else {
+        // The rest comes with its start.
+        return identity.network.as_ref().map_or(Ok(()), |network| network::rename(network.mac));
+    };
+    let mut before = main.network.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(network) = &identity.network {
+        network::replace(before.as_ref(), network)?;
+        *before = Some(network.clone());
+    }
+    main.files.write(&identity.hostname, before.as_ref())?;
+    mounts::write_machine_id(&identity.machine_id);
+    match (&main.inlet, streams.remove(&Stream::Stdin)) {
+        (Some(inlet), Some(stdin)) => inlet.connect(stdin).context(|| "stdin".to_owned())?,
+        (Some(inlet), None) if main.terminal.is_none() => inlet.close(),
+        _ => {}
+    }
+    for (stream, outlet) in &main.outlets {
+        outlet.connect(streams.remove(stream));
+    }
+    Ok(())
 }
 
 /// Gives the kernel's pool the host's bytes, and credit for them: the guest trusts its host, and a
@@ -87,6 +129,18 @@ fn add_entropy(bytes: &[u8]) {
     }
 }
 
+/// Has the kernel's generator begin anew from its pool, into which the host's bytes went: until then
+/// it gives what it would give in every machine of the snapshot.
+fn reseed() {
+    let done = fs::OpenOptions::new().write(true).open("/dev/random").and_then(|random| {
+        // SAFETY: the descriptor is open, and the call takes no argument.
+        Ok(unsafe { reseed_generator(random.as_raw_fd()) }?)
+    });
+    if let Err(error) = done {
+        early::log(&format!("random numbers: {error}"));
+    }
+}
+
 fn set_clock(nanoseconds: u64) {
     let time = nix::sys::time::TimeSpec::new(
         (nanoseconds / 1_000_000_000) as libc::time_t,
@@ -103,10 +157,11 @@ fn taken<T: Default>(lock: &Mutex<T>) -> T {
 }
 
 fn spawn(
-    description: &Description,
+    start: &Start,
     streams: HashMap<Stream, File>,
-    volumes: Vec<Volume>,
+    mounted: Mounted,
 ) -> Result<Process, SetupError> {
+    let description = &start.process;
     let Some((program, arguments)) = description.argv.split_first() else {
         return Err(SetupError::setup("no command specified"));
     };
@@ -150,14 +205,18 @@ fn spawn(
         Err(_) => return Err(SetupError::setup("the program could not be started")),
     };
     let pid = Pid::from_raw(spawned.id() as i32);
-    let (terminal, pumps) = io.connect(streams)?;
+    let Connected { terminal, inlet, outlets, pumps } = io.connect(streams)?;
     Ok(Process {
         id: description.id,
         pid,
         terminal,
+        inlet,
+        outlets,
         pumps: Mutex::new(pumps),
         killed_before,
-        volumes: Mutex::new(volumes),
+        volumes: Mutex::new(mounted.volumes),
+        files: mounted.files,
+        network: Mutex::new(start.network.clone()),
     })
 }
 
@@ -384,34 +443,42 @@ impl Io {
         Ok(io)
     }
 
-    /// Starts the copying; our end of the terminal, and the threads that end with the output.
-    fn connect(
-        self,
-        mut streams: HashMap<Stream, File>,
-    ) -> Result<(Option<File>, Vec<JoinHandle<()>>), SetupError> {
+    /// Starts the copying.
+    fn connect(self, mut streams: HashMap<Stream, File>) -> Result<Connected, SetupError> {
         let failed = || "cannot start copying output".to_owned();
-        let mut pumps = Vec::new();
-        let mut terminal = None;
-        let stdin = streams.remove(&Stream::Stdin);
+        let mut connected = Connected::default();
+        let mut outputs = vec![(self.stdout, Stream::Stdout), (self.stderr, Stream::Stderr)];
+        let mut stdin = self.stdin;
         if let Some(master) = self.terminal {
             let clone = || master.try_clone().context(failed);
-            if let Some(stdin) = stdin {
-                streams::input(stdin, clone()?).context(failed)?;
-            }
-            pumps.push(streams::output(clone()?, streams.remove(&Stream::Stdout)).context(failed)?);
-            terminal = Some(master);
-        } else {
-            if let (Some(stdin), Some(pipe)) = (stdin, self.stdin) {
-                streams::input(stdin, pipe).context(failed)?;
-            }
-            for (pipe, stream) in [(self.stdout, Stream::Stdout), (self.stderr, Stream::Stderr)] {
-                if let Some(pipe) = pipe {
-                    pumps.push(streams::output(pipe, streams.remove(&stream)).context(failed)?);
-                }
-            }
+            (stdin, outputs) = (Some(clone()?), vec![(Some(clone()?), Stream::Stdout)]);
+            connected.terminal = Some(master);
         }
-        Ok((terminal, pumps))
+        if let Some(to) = stdin {
+            let inlet = Inlet::new(to);
+            if let Some(stdin) = streams.remove(&Stream::Stdin) {
+                inlet.connect(stdin).context(failed)?;
+            }
+            connected.inlet = Some(inlet);
+        }
+        for (from, stream) in outputs {
+            let Some(from) = from else { continue };
+            let (outlet, pump) = Outlet::carry(from, streams.remove(&stream)).context(failed)?;
+            connected.outlets.insert(stream, outlet);
+            connected.pumps.push(pump);
+        }
+        Ok(connected)
     }
+}
+
+/// What becomes of [`Io`] when it is in use.
+#[derive(Default)]
+struct Connected {
+    terminal: Option<File>,
+    inlet: Option<Inlet>,
+    outlets: HashMap<Stream, Outlet>,
+    /// They end with the output.
+    pumps: Vec<JoinHandle<()>>,
 }
 
 enum OurEnd {
@@ -447,6 +514,11 @@ impl Process {
         // SAFETY: the call takes numbers only. It fails for what is no signal, and for a process that
         // has just ended.
         let _ = unsafe { libc::kill(pid, signal) };
+    }
+
+    /// Forgets connections that are lost.
+    pub fn disconnect(&self) {
+        self.outlets.values().for_each(|outlet| outlet.connect(None));
     }
 
     /// Tells its terminal a new size.

@@ -8,6 +8,7 @@
 )]
 
 mod api;
+mod clones;
 mod faults;
 mod images;
 mod monitor;

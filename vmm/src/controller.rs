@@ -497,6 +497,23 @@ fn override_paths(description: &mut ConfigFile, load: &SnapshotLoad) -> Result<(
             .find(|interface| interface.iface_id == *id)
             .ok_or_else(|| refused(format!("Load snapshot error: Unknown Network Device: {id}")))?;
         interface.host_dev_name.clone_from(&change.host_dev_name);
+        if change.guest_mac.is_some() {
+            interface.guest_mac.clone_from(&change.guest_mac);
+            interface.check()?;
+        }
+    }
+    for change in &load.drive_overrides {
+        let id = &change.drive_id;
+        let drive =
+            description.drives.iter_mut().find(|drive| drive.drive_id == *id).ok_or_else(|| {
+                refused(format!("Load snapshot error: Unknown Block Device: {id}"))
+            })?;
+        drive.path_on_host = Some(change.path_on_host.clone());
+    }
+    if let Some(change) = &load.console_override {
+        let missing = || MachineError::new("Load snapshot error: Unknown Console.");
+        let console = description.console.as_mut().ok_or_else(missing)?;
+        console.output_path = Some(change.output_path.clone());
     }
     if let Some(change) = &load.vsock_override {
         let missing = || MachineError::new("Load snapshot error: Unknown Vsock Device.");
@@ -639,6 +656,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use api_server::machine::{Logger, Metrics};
+    use serde_json::json;
 
     use super::*;
 
@@ -667,5 +685,54 @@ mod tests {
     fn without_a_log_there_is_nothing_to_configure() {
         let put = MachineRequest::PutLogger(Logger::default());
         assert!(controller().handle(put).is_err());
+    }
+
+    #[test]
+    fn a_restored_machine_has_other_files_and_another_address() {
+        let mut description: ConfigFile = serde_json::from_value(json!({
+            "drives": [{
+                "drive_id": "root", "path_on_host": "/old", "is_root_device": false,
+            }],
+            "network-interfaces": [{
+                "iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "02:00:00:00:00:01",
+            }],
+            "console": { "output_path": "/old.log", "serial": false },
+        }))
+        .unwrap();
+        let load = |overrides: serde_json::Value| {
+            let mut load = json!({ "snapshot_path": "s", "mem_file_path": "m" });
+            for (name, value) in overrides.as_object().unwrap() {
+                load[name] = value.clone();
+            }
+            serde_json::from_value::<SnapshotLoad>(load).unwrap()
+        };
+        let all = load(json!({
+            "drive_overrides": [{ "drive_id": "root", "path_on_host": "/new" }],
+            "console_override": { "output_path": "/new.log" },
+            "network_overrides": [{
+                "iface_id": "eth0", "host_dev_name": "tap1", "guest_mac": "02:00:00:00:00:02",
+            }],
+        }));
+        override_paths(&mut description, &all).unwrap();
+        assert_eq!(description.drives[0].path_on_host.as_deref(), Some(Path::new("/new")));
+        let console = description.console.as_ref().unwrap();
+        assert_eq!(console.output_path.as_deref(), Some(Path::new("/new.log")));
+        let mac = &mut description.network_interfaces[0].guest_mac;
+        assert_eq!(mac.as_deref(), Some("02:00:00:00:00:02"));
+
+        for (wrong, said) in [
+            (json!({ "drive_overrides": [{ "drive_id": "x", "path_on_host": "/" }] }), "x"),
+            (
+                json!({ "network_overrides": [
+                    { "iface_id": "eth0", "host_dev_name": "t", "guest_mac": "no" }
+                ] }),
+                "MAC",
+            ),
+        ] {
+            let error = override_paths(&mut description, &load(wrong)).unwrap_err();
+            assert!(error.message.contains(said), "{error}");
+        }
+        description.console = None;
+        assert!(override_paths(&mut description, &all).is_err());
     }
 }

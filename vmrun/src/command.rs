@@ -38,6 +38,11 @@ pub enum Command {
     /// Manage volumes
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Manage snapshots
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Run many machines of a snapshot at once, until they end or this command does
+    Clone(Box<CloneArguments>),
     /// List containers
     Ps(PsArguments),
     /// Remove containers that do not run
@@ -191,9 +196,79 @@ pub struct RunArguments {
     /// Share a directory. Not supported yet
     #[arg(long, hide = true, value_name = "MOUNT")]
     pub mount: Vec<String>,
+    /// Restore a snapshot; what follows is the command, where none runs in it
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub from: Option<String>,
     /// The image: a name, or docker-archive:FILE, oci-archive:FILE, oci:DIR
-    pub image: String,
+    #[arg(required_unless_present = "from")]
+    pub image: Option<String>,
     /// The command, in place of the image's
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+#[derive(Subcommand)]
+pub enum SnapshotCommand {
+    /// Make a snapshot of a running container, or of a machine that waits for a command
+    Create(SnapshotCreateArguments),
+    /// List snapshots
+    Ls {
+        /// How to print
+        #[arg(long, default_value = "table")]
+        format: Format,
+    },
+    /// Remove snapshots
+    Rm {
+        /// Their names
+        #[arg(required = true, value_name = "SNAPSHOT")]
+        snapshots: Vec<String>,
+    },
+}
+
+#[derive(Args)]
+pub struct SnapshotCreateArguments {
+    /// Boot a machine of an image, and stop it before it runs a command
+    #[arg(long)]
+    pub warm: bool,
+    /// Memory of the machine, for example 1g
+    #[arg(short, long, value_name = "SIZE", requires = "warm")]
+    pub memory: Option<String>,
+    /// Number of CPUs of the machine
+    #[arg(long, value_name = "N", requires = "warm")]
+    pub cpus: Option<String>,
+    /// Make the root file system read-only
+    #[arg(long, requires = "warm")]
+    pub read_only: bool,
+    /// Options of the writable layer: size=SIZE
+    #[arg(long, value_name = "size=SIZE", requires = "warm")]
+    pub storage_opt: Vec<String>,
+    /// Network: default, or none
+    #[arg(long, alias = "net", value_name = "NETWORK", requires = "warm")]
+    pub network: Option<String>,
+    /// Guest kernel: the name of an imported one, or a file
+    #[arg(long, value_name = "NAME|FILE", requires = "warm")]
+    pub kernel: Option<String>,
+    /// The container, by name or the first digits of its id; with --warm, the image
+    #[arg(value_name = "CONTAINER|IMAGE")]
+    pub source: String,
+    /// Name of the snapshot
+    pub name: String,
+}
+
+#[derive(Args)]
+pub struct CloneArguments {
+    /// How many
+    #[arg(short = 'n', long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub count: u16,
+    /// Set an environment variable: NAME=value, or NAME for this shell's value
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// Set a label of each container
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub label: Vec<String>,
+    /// The snapshot
+    pub snapshot: String,
+    /// The command, where none runs in the snapshot
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub command: Vec<String>,
 }
@@ -465,12 +540,13 @@ mod tests {
             "vmrun --root /r alpine echo -n x",
         ] {
             let run = run(line);
-            assert_eq!(run.image, "alpine");
+            assert_eq!(run.image.as_deref(), Some("alpine"));
             assert_eq!(run.command, ["echo", "-n", "x"], "{line}");
         }
         let flags = run("vmrun --rm -it -e A=1 alpine sh");
         assert!(flags.rm && flags.interactive && flags.tty);
-        assert_eq!((flags.env, flags.image), (vec!["A=1".to_owned()], "alpine".to_owned()));
+        assert_eq!(flags.env, ["A=1"]);
+        assert_eq!(flags.image.as_deref(), Some("alpine"));
         assert!(parse(words("vmrun")).is_err());
         assert!(matches!(parse(words("vmrun image ls")).unwrap().command, Command::Image(_)));
         assert!(parse(words("vmrun --no-such alpine")).is_err());
@@ -491,8 +567,24 @@ mod tests {
         for word in DOCKERS {
             let error = parse(words(&format!("vmrun {word} x"))).err().unwrap();
             assert!(error.to_string().contains(&format!("vmrun run {word}")), "{error}");
-            assert_eq!(run(&format!("vmrun run {word}")).image, word);
+            assert_eq!(run(&format!("vmrun run {word}")).image.as_deref(), Some(word));
         }
+    }
+
+    #[test]
+    fn a_snapshot_takes_the_place_of_an_image() {
+        let arguments = run("vmrun run --rm --from warm echo -n x");
+        assert_eq!(arguments.from.as_deref(), Some("warm"));
+        assert_eq!(arguments.image.as_deref(), Some("echo"));
+        assert_eq!(arguments.command, ["-n", "x"]);
+        assert!(run("vmrun --from warm").image.is_none());
+        let clone = parse(words("vmrun clone -n 3 warm sh -c x")).unwrap().command;
+        let Command::Clone(clone) = clone else { panic!() };
+        assert_eq!((clone.count, clone.snapshot.as_str()), (3, "warm"));
+        assert_eq!(clone.command, ["sh", "-c", "x"]);
+        assert!(parse(words("vmrun clone -n 0 warm")).is_err());
+        assert!(parse(words("vmrun snapshot create -m 1g container name")).is_err());
+        assert!(parse(words("vmrun snapshot create --warm -m 1g alpine name")).is_ok());
     }
 
     #[test]

@@ -162,7 +162,8 @@ fn prune(paths: &Paths, store: &Store, all: bool, force: bool) -> Result<(), Fai
             return Ok(());
         }
     }
-    let keep = engine::container::image_ids(paths)?;
+    let mut keep = engine::container::image_ids(paths)?;
+    keep.extend(engine::snapshot::image_ids(paths)?);
     let keep = keep.iter().filter_map(|id| id.parse().ok()).collect();
     let report = store.prune(&PruneOptions { all, keep })?;
     report.images_deleted.iter().for_each(print_removed);

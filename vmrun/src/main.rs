@@ -1,6 +1,7 @@
 //! `vmrun`: container images as micro-VMs.
 
 mod bars;
+mod clone;
 mod command;
 mod container;
 mod doctor;
@@ -8,6 +9,7 @@ mod image;
 mod kernel;
 mod output;
 mod run;
+mod snapshot;
 mod volume;
 
 use std::io::Write;
@@ -63,6 +65,10 @@ fn dispatch(options: Options) -> Result<u8, Failure> {
         Command::Image(command) => image::image(&paths()?, command).map(|()| 0),
         Command::Kernel(command) => kernel::kernel(&paths()?, command).map(|()| 0),
         Command::Volume(command) => volume::volume(&paths()?, command).map(|()| 0),
+        Command::Snapshot(command) => {
+            snapshot::snapshot(&paths()?, command, options.debug).map(|()| 0)
+        }
+        Command::Clone(arguments) => clone::clone(&paths()?, options.root.as_deref(), *arguments),
         Command::Ps(arguments) => container::ps(&paths()?, &arguments).map(|()| 0),
         Command::Rm { containers } => container::rm(&paths()?, &containers).map(|()| 0),
         Command::Doctor { format } => doctor::doctor(options.root.as_deref(), format),

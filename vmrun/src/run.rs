@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use engine::kernel::Kernels;
 use engine::network::Dns;
 use engine::paths::Paths;
-use engine::run::{self, NetworkMode, RunError, RunOptions};
+use engine::run::{self, NetworkMode, Origin, RunError, RunOptions};
+use engine::snapshot::Snapshot;
 use engine::spec::{self, ProcessOptions};
 use engine::stdio;
 use images::{PullOptions, PullPolicy, Store};
@@ -15,13 +16,30 @@ use crate::bars::Bars;
 use crate::command::{Pull, RunArguments};
 use crate::{FAILURE, Failure};
 
-/// Runs an image; the process's exit status.
-pub fn run(paths: &Paths, arguments: RunArguments, debug: bool) -> Result<u8, Failure> {
+/// Runs an image, or what a snapshot has; the process's exit status.
+pub fn run(paths: &Paths, mut arguments: RunArguments, debug: bool) -> Result<u8, Failure> {
     refuse_unsupported(&arguments)?;
-    let options = options(&arguments, debug)?;
+    let snapshot = arguments.from.as_deref().map(|name| Snapshot::open(paths, name)).transpose()?;
+    if let Some(snapshot) = &snapshot {
+        refuse_with_snapshot(&arguments, snapshot)?;
+        // With --from there is no image: its place is the command's first word.
+        let first = arguments.image.replace(snapshot.manifest.image.clone());
+        arguments.command.splice(0..0, first);
+    }
+    let mut options = options(&arguments, debug)?;
+    if let Some(snapshot) = &snapshot {
+        take_over(&mut options, snapshot);
+        // Before any thread is made, so that signals wait for the one that forwards them.
+        stdio::block_signals()?;
+        let store = Store::open(&paths.images())?;
+        let found = store.find(&snapshot.manifest.image_id)?;
+        let image = found.ok_or_else(|| snapshot.image_error("removed"))?;
+        let _lease = store.hold(&image)?;
+        let device = store.root_device(&image, &Bars::new(true))?;
+        return told(run::run(paths, &image, &device, Origin::Snapshot(snapshot), &options));
+    }
     // What is missing is said before an image is waited for.
     let kernel = Kernels::open(paths.state()).resolve(arguments.kernel.as_deref())?;
-    // Before any thread is made, so that signals wait for the one that forwards them.
     stdio::block_signals()?;
 
     let store = Store::open(&paths.images())?;
@@ -32,17 +50,82 @@ pub fn run(paths: &Paths, arguments: RunArguments, debug: bool) -> Result<u8, Fa
         Pull::Never => PullPolicy::Never,
     };
     let image = interruptible(|| {
-        store.obtain(&arguments.image, policy, &pull_options(arguments.plain_http), &bars)
+        store.obtain(&options.image, policy, &pull_options(arguments.plain_http), &bars)
     })?;
     let _lease = store.hold(&image)?;
     let device = store.root_device(&image, &bars)?;
-    run::run(paths, &image, &device, &kernel, &options).map_err(|error| Failure {
+    told(run::run(paths, &image, &device, Origin::Kernel(&kernel), &options))
+}
+
+/// An error as a user is told it.
+pub fn told<T>(result: Result<T, RunError>) -> Result<T, Failure> {
+    result.map_err(|error| Failure {
         code: error.exit_code(),
         message: match &error {
             RunError::Start { .. } => format!("cannot start the process: {error}"),
             _ => error.to_string(),
         },
     })
+}
+
+/// Refuses what a snapshot has decided.
+fn refuse_with_snapshot(arguments: &RunArguments, snapshot: &Snapshot) -> Result<(), Failure> {
+    let name = &snapshot.name;
+    let of_machine = [
+        ("--memory", arguments.memory.is_some()),
+        ("--cpus", arguments.cpus.is_some()),
+        ("--read-only", arguments.read_only),
+        ("--volume", !arguments.volume.is_empty()),
+        ("--storage-opt", !arguments.storage_opt.is_empty()),
+        ("--network", arguments.network.is_some()),
+        ("--kernel", arguments.kernel.is_some()),
+        ("--platform", arguments.platform.is_some()),
+    ];
+    if let Some((flag, _)) = of_machine.iter().find(|(_, given)| *given) {
+        return Err(Failure::new(format!(
+            "{flag} cannot be given with --from: snapshot {name} has its own"
+        )));
+    }
+    if arguments.ip.is_some() && !snapshot.manifest.network {
+        return Err(Failure::new(format!("--ip: snapshot {name} has no network")));
+    }
+    let of_process = [
+        ("a command", arguments.image.is_some()),
+        ("--env", !arguments.env.is_empty()),
+        ("--env-file", !arguments.env_file.is_empty()),
+        ("--workdir", arguments.workdir.is_some()),
+        ("--user", arguments.user.is_some()),
+        ("--group-add", !arguments.group_add.is_empty()),
+        ("--entrypoint", arguments.entrypoint.is_some()),
+        ("--tmpfs", !arguments.tmpfs.is_empty()),
+        ("--ulimit", !arguments.ulimit.is_empty()),
+        ("--tty", arguments.tty),
+    ];
+    if snapshot.manifest.main.is_some()
+        && let Some((what, _)) = of_process.iter().find(|(_, given)| *given)
+    {
+        return Err(Failure::new(format!(
+            "{what} cannot be given: in snapshot {name} a process runs"
+        )));
+    }
+    Ok(())
+}
+
+/// What the snapshot says where the user does not.
+fn take_over(options: &mut RunOptions, snapshot: &Snapshot) {
+    let manifest = &snapshot.manifest;
+    let Dns { servers, search, options: resolver } = manifest.dns.clone();
+    let dns = &mut options.dns;
+    for (own, other) in
+        [(&mut dns.servers, servers), (&mut dns.search, search), (&mut dns.options, resolver)]
+    {
+        if own.is_empty() {
+            *own = other;
+        }
+    }
+    options.extra_hosts.extend(manifest.extra_hosts.iter().cloned());
+    // A terminal sends its signals itself.
+    options.no_signals |= manifest.main.as_ref().is_some_and(|main| main.terminal);
 }
 
 /// Lets signals end the program while it does something that knows nothing of them.
@@ -112,19 +195,12 @@ fn options(arguments: &RunArguments, debug: bool) -> Result<RunOptions, Failure>
         let fallback = agent_size(24, 80);
         stdio::window_size().unwrap_or(fallback)
     });
-    let memory = match &arguments.memory {
-        Some(text) => spec::parse_size("--memory", text)?,
-        None => run::DEFAULT_MEMORY,
-    };
-    if memory < run::MIN_MEMORY {
-        let least = run::MIN_MEMORY >> 20;
-        return Err(Failure::new(format!("--memory: a machine needs at least {least}m")));
-    }
+    let memory = memory(arguments.memory.as_deref())?;
     if let Some(name) = &arguments.name {
         spec::check_name("--name", name)?;
     }
     Ok(RunOptions {
-        image: arguments.image.clone(),
+        image: arguments.image.clone().unwrap_or_default(),
         name: arguments.name.clone().unwrap_or_default(),
         remove: arguments.rm,
         labels: arguments.label.clone(),
@@ -150,15 +226,7 @@ fn options(arguments: &RunArguments, debug: bool) -> Result<RunOptions, Failure>
             engine::volume::refuse_directory(&volume)?;
             Ok::<_, Failure>(volume)
         })?,
-        network: match arguments.network.as_deref() {
-            None | Some("default" | "bridge") => NetworkMode::Default,
-            Some("none") => NetworkMode::None,
-            Some(other) => {
-                return Err(Failure::new(format!(
-                    "network {other} not found: there are default and none"
-                )));
-            }
-        },
+        network: network(arguments.network.as_deref())?,
         ip: arguments.ip,
         dns: Dns {
             servers: each(&arguments.dns, |text| match text.parse::<IpAddr>() {
@@ -186,7 +254,32 @@ where
     texts.iter().map(|text| parse(text).map_err(Failure::from)).collect()
 }
 
-fn cpus(text: Option<&str>) -> Result<u8, Failure> {
+/// Bytes of memory.
+pub fn memory(text: Option<&str>) -> Result<u64, Failure> {
+    let memory = match text {
+        Some(text) => spec::parse_size("--memory", text)?,
+        None => run::DEFAULT_MEMORY,
+    };
+    if memory < run::MIN_MEMORY {
+        let least = run::MIN_MEMORY >> 20;
+        return Err(Failure::new(format!("--memory: a machine needs at least {least}m")));
+    }
+    Ok(memory)
+}
+
+/// The network of this name.
+pub fn network(text: Option<&str>) -> Result<NetworkMode, Failure> {
+    match text {
+        None | Some("default" | "bridge") => Ok(NetworkMode::Default),
+        Some("none") => Ok(NetworkMode::None),
+        Some(other) => {
+            Err(Failure::new(format!("network {other} not found: there are default and none")))
+        }
+    }
+}
+
+/// Number of processors.
+pub fn cpus(text: Option<&str>) -> Result<u8, Failure> {
     const MAX: u8 = 32;
     let Some(text) = text else { return Ok(1) };
     match text.parse::<f64>() {
@@ -198,7 +291,8 @@ fn cpus(text: Option<&str>) -> Result<u8, Failure> {
     }
 }
 
-fn disk(options: &[String]) -> Result<u64, Failure> {
+/// Bytes of the writable layer.
+pub fn disk(options: &[String]) -> Result<u64, Failure> {
     let mut size = run::DEFAULT_DISK;
     for option in options {
         match option.split_once('=') {

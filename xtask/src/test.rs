@@ -37,9 +37,10 @@ const IMAGE_TOOLS: [&str; 8] = [
 ];
 
 /// The end-to-end tests, each group on a machine of its own; those that take longest first.
-const GROUPS: [&str; 10] = [
+const GROUPS: [&str; 11] = [
     "process::",
     "snapshots::",
+    "clones::",
     "images::",
     "rootfs::",
     "monitor::",

@@ -73,6 +73,12 @@ pub struct SnapshotLoad {
     /// Another Unix socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
+    /// Other files behind drives; vmrun's own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drive_overrides: Vec<DriveOverride>,
+    /// Another file for the virtio console's output; vmrun's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console_override: Option<ConsoleOverride>,
     /// Let the guest's clock be what it would be, had the machine run on.
     #[serde(default)]
     pub clock_realtime: bool,
@@ -123,6 +129,27 @@ pub struct NetworkOverride {
     pub iface_id: String,
     /// The TAP interface on the host.
     pub host_dev_name: String,
+    /// The MAC address that the guest is going to use in place of the one it had; vmrun's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_mac: Option<String>,
+}
+
+/// A file in place of the one that the snapshot names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveOverride {
+    /// Which drive.
+    pub drive_id: String,
+    /// The file on the host, as large as the other was.
+    pub path_on_host: PathBuf,
+}
+
+/// A file in place of the one that the snapshot names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleOverride {
+    /// The file on the host.
+    pub output_path: PathBuf,
 }
 
 /// A Unix socket in place of the one that the snapshot names.

@@ -4,9 +4,10 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 
 use resolv_conf::ScopedIp;
+use serde::{Deserialize, Serialize};
 
 /// Contents for a guest's resolv.conf.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dns {
     /// Name servers, in order.
     pub servers: Vec<String>,

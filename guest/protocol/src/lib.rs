@@ -4,8 +4,9 @@
 //! # Connections
 //!
 //! The guest's init listens on vsock port [`AGENT_PORT`]. When it does, it opens one connection to
-//! the host (CID 2) on port [`READY_PORT`], sends nothing and closes it: that is the host's notice
-//! that the agent may be called (a missing listener on the host is not an error).
+//! the host (CID 2) on port [`READY_PORT`] and sends nothing: that is the host's notice that the agent
+//! may be called (a missing listener on the host is not an error). The host keeps it as long as a
+//! snapshot may be taken.
 //!
 //! The host opens every other connection. Each begins with a [`Hello`] frame from the host and a
 //! [`HelloReply`] frame from the guest. After an accepted hello the connection is one of:
@@ -16,9 +17,17 @@
 //!   half-closes. Standard input flows to the guest, the others to the host. With a terminal there
 //!   are two streams only: [`Stream::Stdin`] and [`Stream::Stdout`]. Flow control is vsock's own
 //!   credit: a host that does not read stops the process, not the agent.
+//! - [`Purpose::Snapshot`]: before the guest accepts it, its processes stand still and its file
+//!   systems are written. They go on when the host hangs up.
 //!
 //! Streams of a process are opened *before* its [`Request::Start`] and named in it, so that no
 //! byte is lost and end-of-file means what it says.
+//!
+//! # Restored machines
+//!
+//! All connections are reset in a machine restored from a snapshot, which is how its agent knows. It
+//! gives notice again; a call before that would be reset with the others. Processes that stood still
+//! go on only after a [`Request::Identity`], for which the host attaches streams as for a start.
 //!
 //! # Frames
 //!
@@ -32,10 +41,10 @@ pub use frame::{FrameError, MAX_FRAME, read_frame, write_frame};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. Both ends must speak the same one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// vsock port on which the guest's agent listens.
 pub const AGENT_PORT: u32 = 1024;
-/// vsock port on the host that the agent touches once when it listens.
+/// vsock port on the host that the agent calls when it listens.
 pub const READY_PORT: u32 = 1024;
 
 /// First frame of every connection, from the host.
@@ -59,6 +68,8 @@ pub enum Purpose {
         /// Which of its streams.
         stream: Stream,
     },
+    /// Hold still for a snapshot, as long as the connection lasts.
+    Snapshot,
 }
 
 /// A standard stream of a process.
@@ -107,6 +118,9 @@ pub enum Request {
     },
     /// Stop every process, sync, unmount and power off. Answered by the VM's end.
     PowerOff,
+    /// Become a machine of its own after a restore. Answered by [`Message::Identified`] or
+    /// [`Message::StartFailed`].
+    Identity(Box<Identity>),
 }
 
 /// Guest to host on a control connection.
@@ -133,6 +147,11 @@ pub enum Message {
         status: u8,
         /// Whether the guest's kernel killed it for want of memory.
         out_of_memory: bool,
+    },
+    /// The machine has its identity, and its processes go on.
+    Identified {
+        /// The main process, or none where the machine still waits for its start.
+        process: Option<u32>,
     },
 }
 
@@ -162,8 +181,29 @@ pub struct Start {
     pub time_ns: u64,
     /// Bytes of entropy for the guest's pool; may be empty.
     pub entropy: Vec<u8>,
+    /// What an image that has /etc/machine-id finds there, 32 hexadecimal digits; empty for the
+    /// image's own.
+    pub machine_id: String,
     /// The main process.
     pub process: Process,
+}
+
+/// What tells a restored machine from others of the same snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Host name.
+    pub hostname: String,
+    /// The interface, its MAC address being a new one, and name resolution. `None` leaves them.
+    pub network: Option<Network>,
+    /// Wall clock at the time of the request, nanoseconds since 1970.
+    pub time_ns: u64,
+    /// Bytes of entropy for the guest's pool.
+    pub entropy: Vec<u8>,
+    /// For /etc/machine-id where there is one: 32 hexadecimal digits.
+    pub machine_id: String,
+    /// Which streams of the main process the host has attached anew. Input that is not has ended;
+    /// other output is dropped.
+    pub streams: Vec<Stream>,
 }
 
 /// The root file system.
