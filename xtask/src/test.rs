@@ -25,9 +25,10 @@ const UNIT_TOOLS: [&str; 8] = [
     "zstd",
 ];
 /// Tools that make the end-to-end tests' images.
-const IMAGE_TOOLS: [&str; 8] = [
+const IMAGE_TOOLS: [&str; 9] = [
     "buildah",
     "curl",
+    "iputils-ping",
     "umoci",
     "mmdebstrap",
     "busybox-static",
