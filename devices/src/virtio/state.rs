@@ -36,6 +36,12 @@ pub enum DeviceState {
         /// Bytes.
         left: u64,
     },
+    /// A vsock device: the port that the next program of the host gets. A restored one goes on
+    /// from there, so that no new connection has the ports of one that the guest still remembers.
+    Vsock {
+        /// The port.
+        next_host_port: u32,
+    },
     /// A balloon.
     Balloon(BalloonState),
     /// Memory that is plugged in block by block.

@@ -21,6 +21,7 @@ pub fn snapshot_state(input: &[u8]) {
             DeviceState::Console { .. } => Kind::Console,
             DeviceState::Balloon(_) => Kind::Balloon,
             DeviceState::Mem(_) => Kind::Mem,
+            DeviceState::Vsock { .. } => Kind::Vsock,
             DeviceState::Plain => Kind::Pmem,
         };
         // The other transport's registers hold the same, and messages that need a bus to be sent.

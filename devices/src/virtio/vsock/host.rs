@@ -26,7 +26,7 @@ pub const MAX_PENDING: usize = 1024;
 /// Most data in one packet.
 pub const MAX_DATA: usize = 64 << 10;
 /// Ports given to host programs count from here.
-const FIRST_HOST_PORT: u32 = 1 << 30;
+pub const FIRST_HOST_PORT: u32 = 1 << 30;
 /// Numbers of watched sockets count from here.
 pub const FIRST_TOKEN: u32 = 16;
 /// Most programs let in for one event.
@@ -61,7 +61,8 @@ pub struct Host {
     draining: BTreeMap<u32, Connection>,
     tokens: HashMap<u32, Key>,
     next_token: u32,
-    next_host_port: u32,
+    /// The port that the next program of the host gets, unless it is taken.
+    pub next_host_port: u32,
     /// Packets without data that the guest must get.
     pending: VecDeque<Header>,
     /// Connections that may have data for the guest, in turn.
@@ -256,7 +257,8 @@ impl Host {
         }
     }
 
-    fn free_host_port(&mut self, guest_port: u32) -> u32 {
+    /// A port of the host that is in no connection with this one of the guest.
+    pub fn free_host_port(&mut self, guest_port: u32) -> u32 {
         loop {
             let port = self.next_host_port;
             self.next_host_port = self.next_host_port.checked_add(1).unwrap_or(FIRST_HOST_PORT);

@@ -28,12 +28,12 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
 
-use host::{FIRST_TOKEN, Host, SocketNews};
+use host::{FIRST_HOST_PORT, FIRST_TOKEN, Host, SocketNews};
 pub use metrics::VsockMetrics;
 use packet::{HEADER, Header};
 
 use super::queue::{BUDGET, Chain, DeviceQueue, QueueError};
-use super::{ActivateError, Activation, QueuePosition, VirtioDevice};
+use super::{ActivateError, Activation, DeviceState, QueuePosition, RestoreError, VirtioDevice};
 
 const QUEUE_SIZE: u16 = 256;
 const RX: usize = 0;
@@ -223,6 +223,16 @@ impl VirtioDevice for Vsock {
             // To have the sockets closed on the thread that watches them.
             let _ = self.events[RX].write(1);
         }
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock { next_host_port: self.host.next_host_port }
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Vsock { next_host_port } = state else { return Err(state.mismatch()) };
+        self.host.next_host_port = next_host_port.max(FIRST_HOST_PORT);
+        Ok(())
     }
 
     fn queue_positions(&self) -> Vec<Option<QueuePosition>> {

@@ -249,3 +249,17 @@ fn rest(socket: &mut UnixStream) -> Vec<u8> {
     socket.read_to_end(&mut bytes).unwrap();
     bytes
 }
+
+/// A guest may remember connections of before for a moment: none of them must be met again.
+#[test]
+fn a_restored_device_gives_out_other_ports_than_the_one_before_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = |name: &str| Vsock::new(3, &folder.path().join(name)).unwrap();
+    let mut before = device("before");
+    let first = before.host.free_host_port(1024);
+    let state = VirtioDevice::save(&before);
+    let mut after = device("after");
+    after.restore(state).unwrap();
+    assert_ne!(after.host.free_host_port(1024), first);
+    assert!(after.restore(DeviceState::Plain).is_err());
+}
