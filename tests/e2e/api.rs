@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use e2e::api::Vmm;
-use e2e::guest;
+use e2e::guest::{self, Tap};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -34,18 +34,6 @@ fn file(folder: &Path, name: &str, bytes: u64) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-fn tap(name: &str, address: &str) {
-    for command in [
-        format!("ip tuntap add {name} mode tap vnet_hdr"),
-        format!("ip address add {address} dev {name}"),
-        format!("ip link set {name} up"),
-    ] {
-        let words: Vec<_> = command.split(' ').collect();
-        let status = std::process::Command::new(words[0]).args(&words[1..]).status().unwrap();
-        assert!(status.success(), "{command}");
-    }
-}
-
 #[test]
 fn every_operation_before_and_after_the_start() {
     let folder = tempfile::tempdir().unwrap();
@@ -53,7 +41,7 @@ fn every_operation_before_and_after_the_start() {
     let (disk, larger) =
         (file(folder.path(), "disk", 1 << 20), file(folder.path(), "larger", 2 << 20));
     let pmem = file(folder.path(), "pmem", 4 << 20);
-    tap("api0", "10.77.0.1/24");
+    let tap = Tap::new("api0", Some("10.77.0.1/24"));
     let socket = folder.path().join("api.sock");
     let mut vmm = Vmm::start(&socket, &["--id", "the-one"]);
 
@@ -157,7 +145,7 @@ fn every_operation_before_and_after_the_start() {
         &vmm,
         "/network-interfaces/eth0",
         json!({
-            "iface_id": "eth0", "host_dev_name": "api0", "guest_mac": "02:76:00:00:00:77",
+            "iface_id": "eth0", "host_dev_name": tap.name(), "guest_mac": "02:76:00:00:00:77",
         }),
     );
     put(&vmm, "/vsock", json!({ "guest_cid": 7, "uds_path": folder.path().join("v.sock") }));

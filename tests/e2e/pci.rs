@@ -1,23 +1,15 @@
 //! `vmrun-vmm --enable-pci`: virtio devices on a PCI bus, those that come and go, and snapshots.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use e2e::Running;
+use e2e::api::Vmm;
+use e2e::guest::{self, Tap};
 use serde_json::{Value, json};
 
 /// The guest's first program: says what it sees of its devices whenever that is new. A drive is seen
 /// by the line that it begins with.
-const INIT: &str = r#"#!/bin/busybox sh
-b=/bin/busybox
-$b mkdir -p /proc /sys /dev
-$b mount -t proc proc /proc; $b mount -t sysfs sysfs /sys; $b mount -t devtmpfs dev /dev
-exec >/dev/console 2>&1 </dev/console
-for device in /sys/bus/virtio/devices/*; do
+const INIT: &str = r#"for device in /sys/bus/virtio/devices/*; do
     driver=$($b readlink $device/driver); parent=$($b readlink -f $device/../subsystem)
     echo "${driver##*/} on ${parent##*/}"
 done
@@ -41,52 +33,35 @@ done
 
 struct Machine {
     folder: tempfile::TempDir,
-    running: Running,
-    socket: PathBuf,
+    vmm: Vmm,
 }
 
 impl Machine {
     /// A monitor that waits for requests.
     fn start(options: &[&str]) -> Machine {
         let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("api");
-        let mut command = Command::new("vmrun-vmm");
-        command.arg("--api-sock").arg(&socket).args(options);
-        let running = Running::start(command.stdin(std::process::Stdio::null()));
-        while !socket.exists() {
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-        Machine { folder, running, socket }
+        let vmm = Vmm::start(&folder.path().join("api"), options);
+        Machine { folder, vmm }
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// One request; status and body of its answer.
+    /// One request; status and text of its answer.
     fn ask(&self, method: &str, path: &str, body: &str) -> (u16, String) {
-        let mut client = UnixStream::connect(&self.socket).unwrap();
-        let length = body.len();
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
-             Content-Length: {length}\r\n\r\n"
-        );
-        client.write_all(format!("{head}{body}").as_bytes()).unwrap();
-        let mut answer = String::new();
-        client.read_to_string(&mut answer).unwrap();
-        let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
-        let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-        (status.unwrap_or_else(|| panic!("no answer: {answer}")), body.to_owned())
+        let (status, body) = self.vmm.ask(method, path, body);
+        (status, body.to_string())
     }
 
     #[track_caller]
     fn put(&self, path: &str, body: &Value) {
-        assert_eq!(self.ask("PUT", path, &body.to_string()), (204, String::new()), "{path}");
+        self.vmm.done("PUT", path, body);
     }
 
     #[track_caller]
     fn patch(&self, path: &str, body: &Value) {
-        assert_eq!(self.ask("PATCH", path, &body.to_string()), (204, String::new()), "{path}");
+        self.vmm.done("PATCH", path, body);
     }
 
     /// Has the guest let go of a device. In the lab it may take longer than the monitor waits.
@@ -105,24 +80,13 @@ impl Machine {
 
     /// Kernel, memory and first program.
     fn describe(&self) {
-        self.describe_with(1);
-    }
-
-    fn describe_with(&self, vcpus: u8) {
-        let tree = self.path("tree");
-        fs::create_dir_all(tree.join("bin")).unwrap();
-        fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
-        fs::write(tree.join("init"), INIT).unwrap();
-        fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755)).unwrap();
-        let pack = "find . | cpio --quiet -o -H newc >../initrd";
-        let status = Command::new("sh").args(["-c", pack]).current_dir(&tree).status().unwrap();
-        assert!(status.success());
-        self.put("/machine-config", &json!({ "vcpu_count": vcpus, "mem_size_mib": 256 }));
+        let initrd = guest::initramfs(self.folder.path(), INIT);
+        self.put("/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 256 }));
         self.put(
             "/boot-source",
             &json!({
-                "kernel_image_path": e2e::images::kernel(),
-                "initrd_path": self.path("initrd"),
+                "kernel_image_path": guest::kernel(),
+                "initrd_path": initrd,
                 "boot_args": "console=ttyS0 reboot=k panic=-1",
             }),
         );
@@ -140,12 +104,12 @@ impl Machine {
     }
 
     fn wait_for(&mut self, text: &str) {
-        self.running.wait_for(text);
+        self.vmm.process.wait_for(text);
     }
 
     fn end(self) {
-        self.running.signal(nix::sys::signal::Signal::SIGTERM);
-        self.running.finish().exits(143);
+        self.vmm.process.signal(nix::sys::signal::Signal::SIGTERM);
+        self.vmm.process.finish().exits(143);
     }
 }
 
@@ -155,36 +119,17 @@ fn write_drive(file: &Path, name: &str) {
     fs::write(file, bytes).unwrap();
 }
 
-/// An interface of the host that is gone with the test.
-struct Tap(&'static str);
-
-impl Tap {
-    fn new(name: &'static str) -> Tap {
-        let status = Command::new("ip").args(["tuntap", "add", name, "mode", "tap"]).status();
-        assert!(status.unwrap().success());
-        let status = Command::new("ip").args(["link", "set", name, "up"]).status();
-        assert!(status.unwrap().success());
-        Tap(name)
-    }
-
-    fn interface(&self, id: &str) -> Value {
-        json!({ "iface_id": id, "host_dev_name": self.0 })
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["link", "delete", self.0]).status();
-    }
+fn interface(tap: &Tap, id: &str) -> Value {
+    json!({ "iface_id": id, "host_dev_name": tap.name() })
 }
 
 #[test]
 fn every_kind_of_device_works_on_pci() {
-    let tap = Tap::new("pcitap0");
+    let tap = Tap::new("pcitap0", None);
     let mut machine = Machine::start(&["--enable-pci"]);
     machine.describe();
     machine.put("/drives/first", &machine.drive("first"));
-    machine.put("/network-interfaces/eth0", &tap.interface("eth0"));
+    machine.put("/network-interfaces/eth0", &interface(&tap, "eth0"));
     machine.put("/vsock", &json!({ "guest_cid": 3, "uds_path": machine.path("vsock") }));
     machine.put("/entropy", &json!({}));
     machine.put("/balloon", &json!({ "amount_mib": 0, "deflate_on_oom": true }));
@@ -193,7 +138,7 @@ fn every_kind_of_device_works_on_pci() {
     machine.put("/pmem/p", &json!({ "id": "p", "path_on_host": file }));
     machine.run();
     machine.wait_for("devices: vda:first memory eth0.");
-    let said = machine.running.stdout();
+    let said = machine.vmm.process.stdout();
     for driver in ["virtio_blk", "virtio_net", "vmw_vsock_virtio_transport", "virtio_rng"] {
         assert!(said.contains(&format!("{driver} on pci")), "{driver}: {said}");
     }
@@ -208,7 +153,7 @@ fn every_kind_of_device_works_on_pci() {
 
 #[test]
 fn devices_come_and_go_without_a_rescan() {
-    let tap = Tap::new("pcitap1");
+    let tap = Tap::new("pcitap1", None);
     let mut machine = Machine::start(&["--enable-pci"]);
     machine.describe();
     machine.put("/drives/first", &machine.drive("first"));
@@ -226,7 +171,7 @@ fn devices_come_and_go_without_a_rescan() {
     // Into the slot that is free again, then more of them, of every kind.
     machine.put("/drives/third", &machine.drive("third"));
     machine.wait_for("devices: vda:first vdb:third.");
-    machine.put("/network-interfaces/eth0", &tap.interface("eth0"));
+    machine.put("/network-interfaces/eth0", &interface(&tap, "eth0"));
     machine.wait_for("devices: vda:first vdb:third eth0.");
     let file = machine.path("pmem");
     write_drive(&file, "persistent");
@@ -267,7 +212,7 @@ fn without_pci_nothing_comes_or_goes() {
     machine.put("/drives/first", &machine.drive("first"));
     machine.run();
     machine.wait_for("devices: vda:first.");
-    assert!(machine.running.stdout().contains("virtio_blk on platform"));
+    assert!(machine.vmm.process.stdout().contains("virtio_blk on platform"));
     let drive = machine.drive("second").to_string();
     for (method, path, body) in
         [("PUT", "/drives/second", drive.as_str()), ("DELETE", "/drives/first", "")]

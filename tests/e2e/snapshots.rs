@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use e2e::api::Vmm;
-use e2e::guest;
+use e2e::guest::{self, Tap};
 use serde_json::{Value, json};
 
 /// Copies what it made itself to a disk and compares it, again and again, and keeps a timer.
@@ -133,25 +133,13 @@ fn goes_on(vmm: &Vmm, word: &str, from: u64) -> u64 {
     }
 }
 
-fn tap(name: &str, address: &str) {
-    for command in [
-        format!("ip tuntap add {name} mode tap vnet_hdr"),
-        format!("ip address add {address} dev {name}"),
-        format!("ip link set {name} up"),
-    ] {
-        let words: Vec<_> = command.split(' ').collect();
-        let status = Command::new(words[0]).args(&words[1..]).status().unwrap();
-        assert!(status.success(), "{command}");
-    }
-}
-
 /// Copies with checksums, a flood of pings and a timer, through fifty snapshots, every other one a
 /// difference laid over what there was, each loaded by another process.
 #[test]
 fn fifty_rounds_under_load() {
     let files = Files::new(LOAD);
     File::create(files.path("disk")).unwrap().set_len(8 << 20).unwrap();
-    tap("snap0", "10.78.0.1/24");
+    let tap = Tap::new("snap0", Some("10.78.0.1/24"));
     let mut vmm = files.boot(
         2,
         &[
@@ -165,7 +153,7 @@ fn fifty_rounds_under_load() {
             (
                 "/network-interfaces/eth0",
                 json!({
-                    "iface_id": "eth0", "host_dev_name": "snap0", "guest_mac": "02:76:00:00:00:78",
+                    "iface_id": "eth0", "host_dev_name": tap.name(), "guest_mac": "02:76:00:00:00:78",
                 }),
             ),
             ("/entropy", json!({})),

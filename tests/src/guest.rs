@@ -45,3 +45,34 @@ pub fn kernel() -> PathBuf {
     found.sort();
     found.pop().unwrap_or_else(|| panic!("no kernel was imported"))
 }
+
+/// A TAP interface of the host, which is gone with the test.
+pub struct Tap(String);
+
+impl Tap {
+    /// Makes one that is up, with this address of the host where it has any (`10.0.0.1/24`).
+    pub fn new(name: &str, address: Option<&str>) -> Tap {
+        let tap = Tap(name.to_owned());
+        let ip = |arguments: &[&str]| {
+            let status = Command::new("ip").args(arguments).status().unwrap();
+            assert!(status.success(), "ip {arguments:?}");
+        };
+        ip(&["tuntap", "add", name, "mode", "tap", "vnet_hdr"]);
+        if let Some(address) = address {
+            ip(&["address", "add", address, "dev", name]);
+        }
+        ip(&["link", "set", name, "up"]);
+        tap
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "delete", &self.0]).status();
+    }
+}
