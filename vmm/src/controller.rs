@@ -16,7 +16,7 @@ use api_server::machine::{
 };
 use devices::virtio::balloon::Balloon;
 use devices::virtio::block::Disk;
-use devices::virtio::mem::{Mem, MemOptions};
+use devices::virtio::mem::Mem;
 use mmds::Mmds;
 
 use crate::logger::Log;
@@ -130,8 +130,7 @@ impl Controller {
     }
 
     fn balloon(&self) -> Result<&Arc<Mutex<Balloon>>, MachineError> {
-        let missing = || MachineError::new("Balloon device not configured.");
-        self.running()?.devices.balloon.as_ref().ok_or_else(missing)
+        self.running()?.devices.balloon.as_ref().ok_or_else(no_balloon)
     }
 
     fn hotplug(&self) -> Result<&Arc<Mutex<Mem>>, MachineError> {
@@ -240,13 +239,7 @@ impl Controller {
                 replace(&mut description.pmem, pmem, |pmem| &pmem.id);
             }
             MachineRequest::PutMemoryHotplug(config) => {
-                MemOptions {
-                    total_size_mib: config.total_size_mib,
-                    slot_size_mib: config.slot_size_mib,
-                    block_size_mib: config.block_size_mib,
-                }
-                .check()
-                .map_err(refused)?;
+                machine::hotplug_options(&config).check().map_err(refused)?;
                 description.memory_hotplug = Some(config);
             }
             MachineRequest::PutMmdsConfig(config) => {
@@ -467,6 +460,10 @@ fn readable(path: &Path) -> Result<(), MachineError> {
     }
 }
 
+fn no_balloon() -> MachineError {
+    MachineError::new("Balloon device not configured.")
+}
+
 fn not_yet(what: &str) -> Result<(), MachineError> {
     Err(refused(format!("{what} is not supported yet")))
 }
@@ -549,10 +546,8 @@ impl Machine for Controller {
                 return MachineAnswer::object(&self.machine_config());
             }
             MachineRequest::GetBalloon => {
-                let missing = || MachineError::new("Balloon device not configured.");
-                return MachineAnswer::object(
-                    self.description.balloon.as_ref().ok_or_else(missing)?,
-                );
+                let balloon = self.description.balloon.as_ref().ok_or_else(no_balloon)?;
+                return MachineAnswer::object(balloon);
             }
             MachineRequest::PatchBalloon(update) => {
                 self.check_balloon(update.amount_mib)?;

@@ -14,7 +14,8 @@ use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{
-    BootSource, CacheType, CpuConfig, Drive, IoEngine, MachineConfig, MmdsConfig, NetworkInterface,
+    BootSource, CacheType, CpuConfig, Drive, IoEngine, MachineConfig, MemoryHotplug, MmdsConfig,
+    NetworkInterface,
 };
 use arch::acpi::{self, GenerationId, Platform};
 use arch::boot::{self, Entry, LoadedKernel};
@@ -125,6 +126,15 @@ pub fn memory_options(description: &ConfigFile) -> MemoryOptions {
     }
 }
 
+/// How the memory that can be plugged in is divided.
+pub fn hotplug_options(config: &MemoryHotplug) -> MemOptions {
+    MemOptions {
+        total_size_mib: config.total_size_mib,
+        slot_size_mib: config.slot_size_mib,
+        block_size_mib: config.block_size_mib,
+    }
+}
+
 /// Makes the machine and lets it run.
 pub fn boot(description: &ConfigFile, handed: Handed) -> Result<Running, StartError> {
     let source = description.boot_source.as_ref().ok_or(StartError::NoBootSource)?;
@@ -175,7 +185,7 @@ pub fn restore(
         .kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(StartError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
-    parts.vm_state(&state.vm)?;
+    state.vm.restore_irqchips(&parts.vm)?;
     let vcpus = (0..)
         .zip(&state.vcpus)
         .map(|(id, state)| {
@@ -345,10 +355,6 @@ impl Parts {
         let root = add_pmem(&mut manager, memory, description, files, &pmem)?.or(root);
         let generation = Generation::new(&mut manager)?;
         Ok(Parts { kvm, vm, manager, devices, pmem, root, serial, power, halt, generation })
-    }
-
-    fn vm_state(&self, state: &VmState) -> Result<(), StartError> {
-        state.restore_irqchips(&self.vm)
     }
 
     /// Gives each processor a thread, on which it stands still.
@@ -561,11 +567,7 @@ fn add_hotplug_memory(
 ) -> Result<(), StartError> {
     let start = arch::memory::above(memory_options(description).bytes()?);
     if let Some(config) = &description.memory_hotplug {
-        let options = MemOptions {
-            total_size_mib: config.total_size_mib,
-            slot_size_mib: config.slot_size_mib,
-            block_size_mib: config.block_size_mib,
-        };
+        let options = hotplug_options(config);
         let slots = HotplugSlots::new(vm.clone(), memory.clone(), start, options.clone());
         let device = Mem::new(options, start, Box::new(slots.clone()))
             .map_err(StartError::device("hotplug/memory"))?;
