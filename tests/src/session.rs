@@ -126,9 +126,9 @@ impl Running {
         format!("stdout: {}\nstderr: {}", self.stdout(), self.stderr())
     }
 
-    /// An emulated machine at times loses a timer's interrupt, and all in it waits for ever. That
-    /// tells nothing of the program, so the group begins again on another machine. A program that
-    /// hangs hangs there too.
+    /// An emulated machine in which time stands still tells nothing of the program, so the group
+    /// begins again on another machine. A program that hangs hangs there too. (The cause of all such
+    /// machines that were looked at is gone: see the lab's `tsc`.)
     fn took_too_long(&self, what: &str) -> ! {
         let message = format!("{}: {what} in {LIMIT:?}\n{}", self.name, self.said());
         if std::env::var_os("VMRUN_LAB").is_some_and(|lab| lab == "vm") {
