@@ -1,9 +1,8 @@
 //! A raw file as a disk.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
@@ -12,7 +11,7 @@ use vm_memory::GuestMemoryError;
 use super::request::{HEADER, ID, Operation};
 use crate::virtio::queue::Chain;
 use crate::virtio::vectored;
-use crate::{GuestMemory, GuestSlice};
+use crate::{GuestMemory, GuestSlice, host_file};
 
 const SECTOR: u64 = 512;
 /// Most pieces of guest memory handed to one system call (Linux: `UIO_MAXIOV`).
@@ -50,23 +49,10 @@ impl Disk {
     /// Bytes behind the last whole sector are out of reach.
     pub fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
         let failed = |error| DiskError::Open { path: path.to_owned(), error };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            // A FIFO would block here for ever.
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(path)
-            .map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        let size = if metadata.is_file() {
-            metadata.len()
-        } else if metadata.file_type().is_block_device() {
-            use std::io::{Seek, SeekFrom};
-            (&file).seek(SeekFrom::End(0)).map_err(failed)?
-        } else {
-            return Err(DiskError::Kind(path.to_owned()));
-        };
-        // It has done its work. Before Linux 5.12 io_uring would fail with EAGAIN where it has to
+        let (file, size) = host_file::open(path, read_only)
+            .map_err(failed)?
+            .ok_or_else(|| DiskError::Kind(path.to_owned()))?;
+        // Opened not to block, it may block from now on. Before Linux 5.12 io_uring would fail with EAGAIN where it has to
         // wait for such a file, and on some file systems it still does.
         fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|error| failed(error.into()))?;
         if size < SECTOR {

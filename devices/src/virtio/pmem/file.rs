@@ -1,14 +1,15 @@
 //! A file mapped into memory, to be memory of the guest.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::num::NonZeroUsize;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use vm_memory::MmapRegion;
+
+use crate::host_file;
 
 /// What size and address of persistent memory are a multiple of, in bytes: Linux makes nothing
 /// smaller memory of its own.
@@ -65,18 +66,9 @@ impl PmemFile {
     /// memory; it reads as zero at first, and none of it is kept.
     pub fn open(path: &Path, read_only: bool) -> Result<PmemFile, PmemError> {
         let failed = |error| PmemError::Open { path: path.to_owned(), error };
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            // A FIFO would block here for ever.
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(path)
-            .map_err(failed)?;
-        let kind = file.metadata().map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(PmemError::Kind(path.to_owned()));
-        }
-        let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        let (file, length) = host_file::open(path, read_only)
+            .map_err(failed)?
+            .ok_or_else(|| PmemError::Kind(path.to_owned()))?;
         if length == 0 {
             return Err(PmemError::Empty(path.to_owned()));
         }
