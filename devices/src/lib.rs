@@ -9,7 +9,7 @@ mod complaint;
 
 pub mod bus;
 pub mod discard;
-mod host_file;
+pub mod host_file;
 pub mod legacy;
 pub mod pci;
 pub mod rate_limiter;

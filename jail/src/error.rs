@@ -76,7 +76,10 @@ pub enum JailError {
 }
 
 impl JailError {
-    pub(crate) fn step<E: Into<io::Error>>(step: Step, what: impl Into<String>) -> impl FnOnce(E) -> Self {
+    pub(crate) fn step<E: Into<io::Error>>(
+        step: Step,
+        what: impl Into<String>,
+    ) -> impl FnOnce(E) -> Self {
         let what = what.into();
         move |error| JailError::Step { step, what, error: error.into() }
     }

@@ -44,9 +44,11 @@ pub fn limit(limits: &[(Resource, u64)]) -> Result<(), JailError> {
 /// Gives up all capabilities, and all ways to new ones; others of the same user cannot look into
 /// this process any more.
 pub fn drop_all() -> Result<(), JailError> {
-    let failed = |set: CapSet| move |error: caps::errors::CapsError| JailError::Host {
-        what: format!("capabilities ({set:?})"),
-        error: std::io::Error::other(error.to_string()),
+    let failed = |set: CapSet| {
+        move |error: caps::errors::CapsError| JailError::Host {
+            what: format!("capabilities ({set:?})"),
+            error: std::io::Error::other(error.to_string()),
+        }
     };
     let has_any = caps::has_cap(None, CapSet::Effective, caps::Capability::CAP_SETPCAP);
     if has_any.map_err(failed(CapSet::Effective))? {

@@ -3,7 +3,6 @@
 mod hotplug;
 
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -14,6 +13,7 @@ use api_server::machine::{
     MachineError, MachineRequest, MmdsConfig, NetworkInterface, PartialDrive,
     PartialNetworkInterface, RestoredPages, SnapshotCreate, SnapshotLoad, SnapshotType,
 };
+use devices::host_file::{self, Access};
 use devices::virtio::balloon::Balloon;
 use devices::virtio::block::Disk;
 use devices::virtio::mem::Mem;
@@ -407,11 +407,7 @@ impl Controller {
         let path = &backend.backend_path;
         let (memory, faults) = match backend.backend_type {
             BackendType::File => {
-                let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-                let file = File::options()
-                    .read(true)
-                    .custom_flags(flags)
-                    .open(path)
+                let file = host_file::open_with(path, Access::Read, File::options().read(true))
                     .map_err(|error| failed(&format!("{}: {error}", path.display())))?;
                 (memory::from_file(&options, file).map_err(|error| failed(&error))?, None)
             }
@@ -454,7 +450,7 @@ fn check_mac(description: &ConfigFile, interface: &NetworkInterface) -> Result<(
 
 /// Refuses a file that is not there, before it is needed.
 fn readable(path: &Path) -> Result<(), MachineError> {
-    match path.metadata() {
+    match host_file::metadata(path) {
         Ok(_) => Ok(()),
         Err(error) => Err(refused(format!("{}: {error}", path.display()))),
     }

@@ -4,10 +4,11 @@
 mod hotplug;
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -23,6 +24,7 @@ use arch::cpuid::{self, Topology};
 use arch::{layout, registers};
 use devices::GuestMemory;
 use devices::bus::Bus;
+use devices::host_file::{self, Access};
 use devices::legacy::power::{AcpiPower, I8042, PowerSwitch};
 use devices::legacy::serial::{SerialPort, SerialPortState};
 use devices::rate_limiter::RateLimiter;
@@ -49,7 +51,7 @@ use crate::slots::HotplugSlots;
 use crate::snapshot::memory_file::DirtyPages;
 use crate::snapshot::{MachineState, SavedDevice, SavedRegisters, VmState, saved_msrs};
 use crate::vcpu::{Buses, HaltSwitch, Vcpu};
-use crate::{StartError, cpu_template, generation, limits, memory, slots, vcpu};
+use crate::{StartError, cpu_template, generation, limits, memory, output_file, slots, vcpu};
 
 /// Firecracker's command line for a kernel that is given none.
 const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux \
@@ -60,8 +62,12 @@ const CONSOLE_LIMIT: u64 = 16 << 20;
 /// What comes to a machine from outside its description.
 #[derive(Default)]
 pub struct Handed {
+    /// /dev/kvm, where somebody else opened it.
+    pub kvm: Option<OwnedFd>,
     /// TAPs that somebody else opened, by interface.
     pub taps: HashMap<String, OwnedFd>,
+    /// Listens where the vsock's path says, where somebody else made it.
+    pub vsock: Option<UnixListener>,
     /// Tells how long the guest took to its user space.
     pub boot_timer: Option<Instant>,
     /// The metadata service, where the description puts it on an interface.
@@ -319,7 +325,7 @@ impl Parts {
         mut handed: Handed,
         saved: Option<&MachineState>,
     ) -> Result<Parts, StartError> {
-        let kvm = open_kvm()?;
+        let kvm = open_kvm(handed.kvm.take())?;
         let vm = kvm.create_vm().map_err(StartError::kvm("KVM_CREATE_VM"))?;
         let vm = Arc::new(vm);
         slots::set_ram(&vm, &memory::ram(memory, &memory_options(description))?)?;
@@ -398,8 +404,13 @@ impl Parts {
     }
 }
 
-fn open_kvm() -> Result<Kvm, StartError> {
-    let kvm = Kvm::new().map_err(StartError::OpenKvm)?;
+fn open_kvm(handed: Option<OwnedFd>) -> Result<Kvm, StartError> {
+    let kvm = match handed {
+        // SAFETY: the descriptor is ours, and is given away here; whether it is KVM's the next call
+        // tells.
+        Some(descriptor) => unsafe { Kvm::from_raw_fd(descriptor.into_raw_fd()) },
+        None => Kvm::new().map_err(StartError::OpenKvm)?,
+    };
     if kvm.get_api_version() != KVM_API_VERSION as i32 {
         return Err(StartError::KvmVersion);
     }
@@ -475,8 +486,11 @@ fn add_virtio(
     }
     if let Some(vsock) = &description.vsock {
         let name = format!("vsock: {}", vsock.uds_path.display());
-        let vsock =
-            VsockDevice::new(vsock.guest_cid, &vsock.uds_path).map_err(StartError::device(name))?;
+        let vsock = match handed.vsock.take() {
+            Some(listener) => VsockDevice::listening(vsock.guest_cid, &vsock.uds_path, listener),
+            None => VsockDevice::new(vsock.guest_cid, &vsock.uds_path),
+        };
+        let vsock = vsock.map_err(StartError::device(name))?;
         devices.vsock = Some(manager.add_virtio(memory, "vsock", vsock)?);
     }
     if let Some(balloon) = &description.balloon {
@@ -625,9 +639,8 @@ fn check_sharing(drives: &[Drive]) -> Result<(), StartError> {
     let mut seen: Vec<(u64, u64, &Drive)> = Vec::new();
     for drive in drives {
         // What cannot be looked at cannot be opened either, and is refused then.
-        let Some(file) = drive.path_on_host.as_ref().and_then(|path| path.metadata().ok()) else {
-            continue;
-        };
+        let path = drive.path_on_host.as_ref();
+        let Some(file) = path.and_then(|path| host_file::metadata(path).ok()) else { continue };
         let same = |other: &&(u64, u64, &Drive)| (other.0, other.1) == (file.dev(), file.ino());
         if let Some((_, _, other)) = seen.iter().find(same)
             && !(drive.is_read_only && other.is_read_only)
@@ -641,23 +654,13 @@ fn check_sharing(drives: &[Drive]) -> Result<(), StartError> {
 }
 
 fn append_to(what: &'static str, path: &Path) -> Result<File, StartError> {
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        // A FIFO without a reader must not hang the machine.
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|error| StartError::Open { what, path: path.to_owned(), error })
+    output_file::open(path).map_err(|error| StartError::Open { what, path: path.to_owned(), error })
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, StartError> {
     let failed = |error| StartError::Open { what, path: path.to_owned(), error };
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
-        .open(path)
-        .map_err(failed)?;
+    let file =
+        host_file::open_with(path, Access::Read, File::options().read(true)).map_err(failed)?;
     if !file.metadata().map_err(failed)?.is_file() {
         return Err(failed(std::io::Error::new(
             std::io::ErrorKind::InvalidInput,

@@ -16,6 +16,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use devices::host_file::{self, Access};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -59,6 +60,11 @@ pub enum FileError {
 pub fn write(path: &Path, state: &impl Serialize) -> Result<(), FileError> {
     let failed = |error| FileError::Io { path: path.to_owned(), error };
     let bytes = encode(state).map_err(failed)?;
+    if let Some(descriptor) = host_file::handed_over(path).map_err(failed)? {
+        // Whoever handed it over gives it a name once it is whole.
+        let mut file = File::from(descriptor);
+        return file.set_len(0).and_then(|()| file.write_all(&bytes)).map_err(failed);
+    }
     let mut name = path.as_os_str().to_owned();
     name.push(".new");
     let fresh = PathBuf::from(name);
@@ -82,9 +88,8 @@ pub fn write(path: &Path, state: &impl Serialize) -> Result<(), FileError> {
 /// Reads the state from a file.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, FileError> {
     let failed = |error| FileError::Io { path: path.to_owned(), error };
-    // A FIFO must not block.
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let file = File::options().read(true).custom_flags(flags).open(path).map_err(failed)?;
+    let file =
+        host_file::open_with(path, Access::Read, File::options().read(true)).map_err(failed)?;
     let mut bytes = Vec::new();
     file.take(HEADER as u64 + MOST + 1).read_to_end(&mut bytes).map_err(failed)?;
     decode(&bytes).map_err(|error| match error {

@@ -6,6 +6,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
+use devices::host_file::{self, Access};
 use devices::{GuestMemory, GuestRegion};
 use rustix::fs::SeekFrom as Find;
 use vm_memory::bitmap::Bitmap;
@@ -67,15 +68,9 @@ fn size(memory: &GuestMemory) -> u64 {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        // A FIFO must not block.
-        .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
-        .open(path)?;
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let file = host_file::open_with(path, Access::ReadWrite, &options)?;
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }

@@ -77,15 +77,19 @@ pub struct Host {
 
 impl Host {
     /// Listens at this path.
-    pub fn new(guest_cid: u64, path: &Path) -> io::Result<Host> {
-        let listener = UnixListener::bind(path).map_err(|error| match error.kind() {
+    pub fn listen(path: &Path) -> io::Result<UnixListener> {
+        UnixListener::bind(path).map_err(|error| match error.kind() {
             ErrorKind::AddrInUse => io::Error::new(
                 error.kind(),
                 "the path exists: another machine listens there, or one that was killed left it \
                  behind (then remove it)",
             ),
             _ => error,
-        })?;
+        })
+    }
+
+    /// The guest's peers, with the socket that listens at this path.
+    pub fn new(guest_cid: u64, path: &Path, listener: UnixListener) -> io::Result<Host> {
         listener.set_nonblocking(true)?;
         Ok(Host {
             guest_cid,

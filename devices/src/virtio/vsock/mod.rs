@@ -19,6 +19,7 @@ mod packet;
 mod tests;
 
 use std::io;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -61,11 +62,16 @@ impl Vsock {
     /// A device for the guest with this address, that listens at this path. The path must not
     /// exist, and is removed with the device.
     pub fn new(guest_cid: u32, path: &Path) -> io::Result<Vsock> {
+        Vsock::listening(guest_cid, path, Host::listen(path)?)
+    }
+
+    /// A device whose socket somebody else made at this path.
+    pub fn listening(guest_cid: u32, path: &Path, listener: UnixListener) -> io::Result<Vsock> {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let guest_cid = guest_cid.into();
         Ok(Vsock {
             guest_cid,
-            host: Host::new(guest_cid, path)?,
+            host: Host::new(guest_cid, path, listener)?,
             events: [event()?, event()?, event()?],
             queues: None,
             chain: Chain::default(),

@@ -1,9 +1,13 @@
 //! `vmrun-vmm`: one micro-VM, described by a Firecracker configuration file or over Firecracker's API.
 
+mod confinement;
+
 use std::collections::{BTreeMap, HashMap};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -14,6 +18,8 @@ use api_server::machine::{
     Level, Logger, Machine, MachineError, MachineRequest, Metrics, exit_status, server,
 };
 use clap::Parser;
+use confinement::{JailOptions, inherited};
+use devices::host_file::{self, Access};
 use vmm::Handed;
 use vmm::controller::Controller;
 use vmm::event_loop::{self, Calls};
@@ -78,6 +84,11 @@ struct Options {
     /// Use this inherited descriptor as the TAP of an interface
     #[arg(long, value_name = "IFACE_ID=FD")]
     tap_fd: Vec<String>,
+    /// Use this inherited descriptor, which listens, as the vsock device's socket
+    #[arg(long, value_name = "FD")]
+    vsock_fd: Option<String>,
+    #[command(flatten)]
+    jail: JailOptions,
 }
 
 fn instance_id(text: &str) -> Result<String, String> {
@@ -103,7 +114,12 @@ enum LogLevel {
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    let options = Options::parse();
+    // Firecracker's jailer has its own options first, then those of the program after two hyphens.
+    let mut arguments: Vec<_> = std::env::args_os().collect();
+    if let Some(index) = arguments.iter().position(|argument| argument == "--") {
+        arguments.remove(index);
+    }
+    let options = Options::parse_from(arguments);
     if options.snapshot_version {
         println!("v{}.0.0", file::VERSION);
         return ExitCode::SUCCESS;
@@ -128,21 +144,28 @@ fn failed(error: impl ToString) -> MachineError {
 }
 
 fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
+    let taps = options.tap_fd.iter().map(|text| tap(text)).collect::<Result<HashMap<_, _>, _>>()?;
+    let vsock = match &options.vsock_fd {
+        Some(number) => Some(UnixListener::from(inherited("--vsock-fd", number)?)),
+        None => None,
+    };
+    let kept = taps.values().map(AsRawFd::as_raw_fd).chain(vsock.as_ref().map(AsRawFd::as_raw_fd));
+    let opened = options.jail.enter(&options.id, kept.collect())?;
     let log = Log::init(&logger(&options)).map_err(failed)?;
     // Before any thread is made, so that all inherit it.
     vmm::event_loop::ending_signals()
         .thread_block()
         .map_err(|error| failed(format!("cannot block signals: {error}")))?;
-    let taps = options.tap_fd.iter().map(|text| tap(text)).collect::<Result<HashMap<_, _>, _>>()?;
     let boot_timer = options.boot_timer.then_some(started);
     let pci = options.enable_pci;
-    let handed = Handed { taps, boot_timer, pci, ..Handed::default() };
+    let kvm = opened.map(|opened| opened.kvm);
+    let handed = Handed { kvm, taps, vsock, boot_timer, pci, ..Handed::default() };
     let limit = options.mmds_size_limit.unwrap_or(options.http_api_max_payload_size);
     let mut machine = Controller::new(options.id.clone(), handed, limit);
     machine.set_log(log);
     if let Some(path) = &options.metadata {
         let named = |error: &dyn std::fmt::Display| failed(format!("{}: {error}", path.display()));
-        let text = std::fs::read(path).map_err(|error| named(&error))?;
+        let text = read(path).map_err(|error| named(&error))?;
         let contents = serde_json::from_slice(&text).map_err(|error| named(&error))?;
         machine.handle(MachineRequest::PutMmds(contents)).map_err(|error| named(&error))?;
     }
@@ -151,7 +174,7 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
         Some(path) => {
             let named =
                 |error: &dyn std::fmt::Display| failed(format!("{}: {error}", path.display()));
-            let text = std::fs::read(path).map_err(|error| named(&error))?;
+            let text = read(path).map_err(|error| named(&error))?;
             ConfigFile::parse(&text).map_err(|error| named(&error))?
         }
     };
@@ -184,7 +207,7 @@ fn serve_api(
     metrics: Arc<Mutex<RequestMetrics>>,
 ) -> Result<Calls, MachineError> {
     let path = &options.api_sock;
-    let listener = UnixListener::bind(path).map_err(|error| match error.kind() {
+    let listener = listen(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::AddrInUse => failed(format!(
             "API socket {}: the path exists; another machine listens there, or one that was \
              killed left it behind (then remove it)",
@@ -203,6 +226,21 @@ fn serve_api(
         })
         .map_err(failed)?;
     Ok(calls)
+}
+
+/// A socket at this path, or one that was handed over.
+fn listen(path: &Path) -> std::io::Result<UnixListener> {
+    match host_file::inherited(path)? {
+        Some(descriptor) => Ok(UnixListener::from(descriptor)),
+        None => UnixListener::bind(path),
+    }
+}
+
+fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    let options = OpenOptions::new().read(true).clone();
+    host_file::open_with(path, Access::Read, &options)?.read_to_end(&mut text)?;
+    Ok(text)
 }
 
 /// What the command line says of messages.
@@ -227,14 +265,6 @@ fn logger(options: &Options) -> Logger {
 /// `IFACE_ID=FD`.
 fn tap(text: &str) -> Result<(String, OwnedFd), MachineError> {
     let wrong = || failed(format!("--tap-fd {text}: not of the form IFACE_ID=FD"));
-    let (name, descriptor) = text.split_once('=').ok_or_else(wrong)?;
-    let descriptor: RawFd = descriptor.parse().ok().filter(|fd| *fd > 2).ok_or_else(wrong)?;
-    let open = nix::fcntl::FdFlag::FD_CLOEXEC;
-    // SAFETY: the descriptor is only borrowed for a call that fails where it is not open.
-    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
-    nix::fcntl::fcntl(borrowed, nix::fcntl::FcntlArg::F_SETFD(open))
-        .map_err(|error| failed(format!("--tap-fd {text}: {error}")))?;
-    // SAFETY: it is open, as just seen; it was inherited, and nothing else in this process knows
-    // its number, which the caller gave away with this option.
-    Ok((name.to_owned(), unsafe { OwnedFd::from_raw_fd(descriptor) }))
+    let (name, number) = text.split_once('=').ok_or_else(wrong)?;
+    Ok((name.to_owned(), inherited(&format!("--tap-fd {text}"), number)?))
 }
