@@ -1,9 +1,11 @@
 //! The host's end of the agent protocol. The guest is not trusted: what it says is bounded by the
 //! protocol's frames, what it does not say is waited for with the VMM's end in view.
 
+use std::fs::Permissions;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -74,7 +76,9 @@ impl Ready {
         let mut path = vsock.as_os_str().to_owned();
         path.push(format!("_{READY_PORT}"));
         let path = PathBuf::from(path);
-        let listener = UnixListener::bind(&path)
+        let listener = listen(&path)?;
+        // The VMM is another user than this process is, in a folder where nobody else comes.
+        std::fs::set_permissions(&path, Permissions::from_mode(0o666))
             .map_err(|error| AgentError::Listen { path: path.clone(), error })?;
         Ok(Ready { listener, path })
     }
@@ -86,6 +90,11 @@ impl Ready {
         wait_readable(self.listener.as_fd(), machine, limit)?;
         Ok(self.listener.accept()?.0)
     }
+}
+
+/// A socket for the VMM.
+pub fn listen(path: &Path) -> Result<UnixListener, AgentError> {
+    UnixListener::bind(path).map_err(|error| AgentError::Listen { path: path.to_owned(), error })
 }
 
 impl Drop for Ready {

@@ -8,6 +8,7 @@
 //!     config.json        what it is; written once
 //!     status.json        how it ended; written once
 //!     writable.ext4      its writable layer
+//!     cgroup             path of the cgroup that its VMM is in
 //!     vm.json  console.log  vmm.log
 //! ```
 //!
@@ -15,8 +16,10 @@
 //! command and the VMM are both gone, whatever ended them, and everyone can see that.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::ffi::OsStr;
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -25,6 +28,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::network::Dns;
 use crate::paths::Paths;
+
+/// Name of the vsock device's socket.
+pub const VSOCK: &str = "v";
+/// Name of the writable layer.
+const WRITABLE: &str = "writable.ext4";
+/// Where the path of its VMM's cgroup is.
+const CGROUP: &str = "cgroup";
 
 /// Why a container cannot be made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +114,27 @@ pub struct Config {
     /// Lines for /etc/hosts: name and address.
     #[serde(default)]
     pub extra_hosts: Vec<(String, String)>,
+    /// Its machine.
+    #[serde(default)]
+    pub machine: Machine,
+}
+
+/// What a container's machine is made of. Its VMM would say so too, but what a guest may have broken
+/// into is not asked which files are its own.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Machine {
+    /// The image's device.
+    pub root_device: PathBuf,
+    /// Memory in MiB.
+    pub memory_mib: usize,
+    /// Number of virtual processors.
+    pub cpus: u8,
+    /// Whether it has a network interface.
+    pub network: bool,
+    /// Whether it has a writable layer.
+    pub writable: bool,
+    /// Number of volumes.
+    pub volumes: usize,
 }
 
 /// How a container ended.
@@ -166,7 +197,9 @@ impl Container {
             .ok_or_else(|| ContainerError::Running(config.id.clone()))?;
         write_whole(&folder.join("config.json"), &config)?;
         let run = run_folder(paths, &config.id);
-        DirBuilder::new().recursive(true).mode(0o700).create(&run).map_err(at(&run))?;
+        // Its VMM, which is another user, goes through it to sockets; the folder above is closed.
+        DirBuilder::new().create(&run).map_err(at(&run))?;
+        fs::set_permissions(&run, fs::Permissions::from_mode(0o711)).map_err(at(&run))?;
         Ok(Container { config, folder, run, all, lock })
     }
 
@@ -175,9 +208,20 @@ impl Container {
         self.folder.join(name)
     }
 
+    /// Its writable layer, where it has one.
+    pub fn writable(&self) -> Option<PathBuf> {
+        self.config.machine.writable.then(|| self.path(WRITABLE))
+    }
+
     /// Where its sockets are.
     pub fn run(&self) -> &Path {
         &self.run
+    }
+
+    /// Records where its VMM's cgroup is, before that is made.
+    pub fn set_cgroup(&self, folder: &Path) -> Result<(), ContainerError> {
+        let path = self.path(CGROUP);
+        fs::write(&path, folder.as_os_str().as_encoded_bytes()).map_err(at(&path))
     }
 
     /// Its lock, for the VMM to inherit.
@@ -188,6 +232,7 @@ impl Container {
     /// Records its end, and removes what is not to stay.
     pub fn finish(self, exit_code: u8, out_of_memory: bool) -> Result<(), ContainerError> {
         let _ = fs::remove_dir_all(&self.run);
+        remove_cgroup(&self.folder);
         if self.config.remove {
             return self.discard();
         }
@@ -199,6 +244,7 @@ impl Container {
     pub fn discard(self) -> Result<(), ContainerError> {
         let _guard = guard(&self.all)?;
         let _ = fs::remove_dir_all(&self.run);
+        remove_cgroup(&self.folder);
         fs::remove_dir_all(&self.folder).map_err(at(&self.folder))
     }
 }
@@ -214,6 +260,16 @@ pub fn short(id: &str) -> &str {
 
 fn run_folder(paths: &Paths, id: &str) -> PathBuf {
     paths.run().join(short(id))
+}
+
+/// Removes the cgroup of a VMM that is gone.
+fn remove_cgroup(folder: &Path) {
+    let path = folder.join(CGROUP);
+    let Ok(cgroup) = fs::read(&path) else { return };
+    // Only an empty one can be removed, so nothing is lost by a wrong one.
+    if fs::remove_dir(OsStr::from_bytes(&cgroup)).is_ok() {
+        let _ = fs::remove_file(&path);
+    }
 }
 
 fn random_id() -> Result<String, ContainerError> {
@@ -297,6 +353,7 @@ fn reap_one(paths: &Paths, id: &str, folder: &Path) -> Result<Option<Listed>, Co
     };
     if !running {
         let _ = fs::remove_dir_all(run_folder(paths, id));
+        remove_cgroup(folder);
     }
     match config {
         Some(config) if running || !config.remove => {
@@ -338,6 +395,15 @@ pub struct Other {
     pub config: Config,
     /// Where its sockets are.
     pub run: PathBuf,
+    /// Where its files are.
+    pub folder: PathBuf,
+}
+
+impl Other {
+    /// Its writable layer, where it has one.
+    pub fn writable(&self) -> Option<PathBuf> {
+        self.config.machine.writable.then(|| self.folder.join(WRITABLE))
+    }
 }
 
 /// A container that runs, by name or the begin of its id.
@@ -346,7 +412,8 @@ pub fn running(paths: &Paths, wanted: &str) -> Result<Other, ContainerError> {
     if !running {
         return Err(ContainerError::NotRunning(config.name));
     }
-    Ok(Other { run: run_folder(paths, &config.id), config })
+    let folder = paths.containers().join(&config.id);
+    Ok(Other { run: run_folder(paths, &config.id), folder, config })
 }
 
 /// Removes a container that does not run, by name or the begin of its id; its name.

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
+use crate::confinement::Policy;
 use crate::kernel::{Kernel, Kernels};
 use crate::paths::Paths;
 use crate::{programs, run};
@@ -52,7 +53,7 @@ fn bad(
 
 /// Looks at everything, changing nothing but the state directory's existence. Where nothing is
 /// missing, a machine without an image is started, which tells more than any look.
-pub fn examine(root: Option<&Path>) -> Vec<Finding> {
+pub fn examine(root: Option<&Path>, policy: &Policy) -> Vec<Finding> {
     let mut findings = vec![kvm(), vmm(), init()];
     match Paths::open(root) {
         Ok(paths) => {
@@ -61,7 +62,7 @@ pub fn examine(root: Option<&Path>) -> Vec<Finding> {
                 Ok(kernel) => {
                     findings.push(good("guest kernel", kernel.name.clone()));
                     if findings.iter().all(|finding| finding.verdict == Verdict::Good) {
-                        findings.push(trial(&paths, &kernel));
+                        findings.push(trial(&paths, &kernel, policy));
                     }
                 }
                 Err(error) => findings.push(bad(
@@ -131,9 +132,9 @@ fn state(paths: &Paths) -> Finding {
     }
 }
 
-fn trial(paths: &Paths, kernel: &Kernel) -> Finding {
+fn trial(paths: &Paths, kernel: &Kernel, policy: &Policy) -> Finding {
     const SUBJECT: &str = "trial boot";
-    match run::try_boot(paths, kernel) {
+    match run::try_boot(paths, kernel, policy) {
         Ok(time) => good(SUBJECT, format!("a guest came up in {} ms", time.as_millis())),
         Err(error) => bad(
             SUBJECT,

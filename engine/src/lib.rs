@@ -2,10 +2,12 @@
 
 pub mod agent;
 pub mod clones;
+pub mod confinement;
 pub mod container;
 mod conversation;
 pub mod disk;
 pub mod doctor;
+mod gift;
 pub mod kernel;
 mod machine_api;
 mod names;

@@ -1,25 +1,19 @@
 //! A client of the VMM's API: HTTP/1.1 over its Unix socket.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
-use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{SnapshotCreate, SnapshotLoad, SnapshotType, Vm, VmState};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// Name of the socket in a container's folder of sockets.
 pub const SOCKET: &str = "api";
-/// How long a VMM that was just started may take to listen.
-const LISTEN_LIMIT: Duration = Duration::from_secs(10);
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 1 << 20;
 
@@ -60,25 +54,6 @@ impl MachineApi {
     /// Where the VMM listens.
     pub fn socket(&self) -> &Path {
         &self.socket
-    }
-
-    /// Waits until the VMM listens, or `machine` (a pidfd) is readable: then the next request says
-    /// that nobody is there.
-    pub fn wait(&self, machine: BorrowedFd<'_>) {
-        let since = Instant::now();
-        while std::os::unix::net::UnixStream::connect(&self.socket).is_err() {
-            let mut ended = [PollFd::new(machine.as_fd(), PollFlags::POLLIN)];
-            if since.elapsed() > LISTEN_LIMIT
-                || matches!(poll(&mut ended, PollTimeout::from(1u8)), Ok(1..))
-            {
-                return;
-            }
-        }
-    }
-
-    /// What the machine is made of.
-    pub fn description(&self) -> Result<ConfigFile, ApiError> {
-        self.call(Method::GET, "/vm/config", &())
     }
 
     /// Has the machine stand still.

@@ -23,8 +23,9 @@ use api_server::machine::{
 };
 use images::Image;
 
-use crate::agent::{AgentError, Control, Ready, printable};
-use crate::container::{Config, Container, ContainerError};
+use crate::agent::{self, AgentError, Control, Ready, printable};
+use crate::confinement::{Confinement, Policy, Share};
+use crate::container::{Config, Container, ContainerError, Machine, VSOCK};
 use crate::conversation::{self, Conversation, Exit};
 use crate::disk::{self, DiskError};
 use crate::kernel::{Kernel, KernelError};
@@ -35,7 +36,7 @@ use crate::programs::{self, ProgramError};
 use crate::snapshot::{self, Main, Snapshot, SnapshotError, Work};
 use crate::spec::{self, ProcessOptions, SpecError, VolumeArgument};
 use crate::stdio::{Forwarding, Terminal};
-use crate::vmm::{self, Vmm};
+use crate::vmm::{self, Handed, Vmm};
 use crate::volume::{self, Attached, VolumeError};
 
 /// Size of a container's writable layer, in bytes: sparse, so this is what it may grow to.
@@ -130,6 +131,8 @@ pub struct RunOptions {
     pub cidfile: Option<PathBuf>,
     /// Leave signals to this process alone.
     pub no_signals: bool,
+    /// How the VMM is confined.
+    pub confinement: Policy,
     /// Let the VMM log everything.
     pub debug: bool,
 }
@@ -260,6 +263,7 @@ pub fn run(
         },
         dns: options.dns.clone(),
         extra_hosts: options.extra_hosts.clone(),
+        machine: shape(root_device, origin, options),
     };
     let container = Container::create(paths, config)?;
     if let Err(error) = write_cidfile(options, &container) {
@@ -296,6 +300,29 @@ pub fn run(
     result.map(|exit| exit.status)
 }
 
+/// What the container's machine is made of.
+fn shape(root_device: &Path, origin: Origin<'_>, options: &RunOptions) -> Machine {
+    let root_device = root_device.to_owned();
+    match origin {
+        Origin::Kernel(_) => Machine {
+            root_device,
+            memory_mib: (options.memory >> 20) as usize,
+            cpus: options.cpus,
+            network: options.network == NetworkMode::Default,
+            writable: !options.read_only,
+            volumes: options.volumes.len(),
+        },
+        Origin::Snapshot(snapshot) => Machine {
+            root_device,
+            memory_mib: snapshot.manifest.memory_mib,
+            cpus: snapshot.manifest.cpus,
+            network: snapshot.manifest.network,
+            writable: snapshot.writable().is_some(),
+            volumes: 0,
+        },
+    }
+}
+
 fn write_cidfile(options: &RunOptions, container: &Container) -> Result<(), RunError> {
     let Some(path) = &options.cidfile else { return Ok(()) };
     let mut file = File::create_new(path).map_err(at(path))?;
@@ -319,8 +346,10 @@ impl Foreground<'_> {
         let attachment =
             self.has_network().then(|| network::attach(self.options.ip)).transpose()?;
         let writable = self.writable_layer()?;
-        let vsock = self.container.run().join("v");
+        let vsock = self.container.run().join(VSOCK);
         let ready = Ready::listen(&vsock)?;
+        let mut handed = Handed::default();
+        let mut load = None;
         let machine = match self.origin {
             Origin::Kernel(kernel) => {
                 let plan = Plan {
@@ -331,15 +360,24 @@ impl Foreground<'_> {
                     memory: self.options.memory,
                     debug: self.options.debug,
                 };
-                Some(plan.machine(&volumes, attachment.as_ref(), &vsock, self.container)?)
+                Some(plan.machine(&volumes, attachment.as_ref(), self.container, &mut handed)?)
             }
-            Origin::Snapshot(_) => None,
+            Origin::Snapshot(snapshot) => {
+                let network = attachment.as_ref().map(interface_override);
+                load = Some(self.load(snapshot, writable.as_deref(), network, &mut handed)?);
+                None
+            }
         };
-        let mut vmm =
-            start_vmm(program, machine.as_ref(), self.container, &volumes, attachment.as_ref())?;
+        let launch = Launch {
+            program,
+            container: self.container,
+            policy: &self.options.confinement,
+            volumes: &volumes,
+            attachment: attachment.as_ref(),
+        };
+        let mut vmm = launch.start(machine.as_ref(), handed)?;
         // The VMM has its own copy; ours would keep the address after its end.
         let network = attachment.as_ref().map(|attachment| self.guest_network(attachment));
-        let overrides = attachment.as_ref().map(interface_override);
         drop(attachment);
 
         let forwarding = Forwarding::start(
@@ -354,10 +392,8 @@ impl Foreground<'_> {
         let on_start = || self.on_start();
         let mut notice = None;
         let converse = || {
-            if let Origin::Snapshot(snapshot) = self.origin {
-                let api = MachineApi::of(self.container.run());
-                api.wait(vmm.pidfd());
-                api.load_snapshot(&self.load(snapshot, writable.as_deref(), overrides, &vsock))?;
+            if let Some(load) = &load {
+                MachineApi::of(self.container.run()).load_snapshot(load)?;
             }
             notice = Some(ready.wait(vmm.pidfd(), BOOT_LIMIT)?);
             let mut control = Control::open(&vsock, vmm.pidfd())?;
@@ -438,14 +474,14 @@ impl Foreground<'_> {
     }
 
     fn writable_layer(&self) -> Result<Option<PathBuf>, RunError> {
-        let path = self.container.path("writable.ext4");
+        let Some(path) = self.container.writable() else { return Ok(None) };
         match self.origin {
-            Origin::Kernel(_) if self.options.read_only => return Ok(None),
             Origin::Kernel(_) => disk::make(self.paths, self.options.disk, &path)?,
-            Origin::Snapshot(snapshot) => match snapshot.writable() {
-                Some(from) => disk::copy(&from, &path)?,
-                None => return Ok(None),
-            },
+            Origin::Snapshot(snapshot) => {
+                if let Some(from) = snapshot.writable() {
+                    disk::copy(&from, &path)?;
+                }
+            }
         }
         Ok(Some(path))
     }
@@ -466,33 +502,37 @@ impl Foreground<'_> {
         snapshot: &Snapshot,
         writable: Option<&Path>,
         network: Option<NetworkOverride>,
-        vsock: &Path,
-    ) -> SnapshotLoad {
-        let drive = |id: &str, path: &Path| DriveOverride {
+        handed: &mut Handed,
+    ) -> Result<SnapshotLoad, RunError> {
+        let read = |handed: &mut Handed, path: &Path| handed.read(path).map_err(at(path));
+        let drive = |id: &str, path_on_host: PathBuf| DriveOverride {
             drive_id: id.to_owned(),
-            path_on_host: path.to_owned(),
+            path_on_host,
         };
-        let image = drive("image", self.root_device);
-        let writable = writable.map(|path| drive("writable", path));
-        SnapshotLoad {
-            snapshot_path: snapshot.state(),
+        let image = drive("image", read(handed, self.root_device)?);
+        let writable = writable
+            .map(|path| Ok::<_, RunError>(drive("writable", handed.write(path).map_err(at(path))?)))
+            .transpose()?;
+        let console = self.container.path("console.log");
+        Ok(SnapshotLoad {
+            snapshot_path: read(handed, &snapshot.state())?,
             mem_file_path: None,
             mem_backend: Some(MemoryBackend {
                 backend_type: BackendType::File,
-                backend_path: snapshot.memory(),
+                backend_path: read(handed, &snapshot.memory())?,
             }),
             enable_diff_snapshots: false,
             track_dirty_pages: false,
             resume_vm: true,
             network_overrides: network.into_iter().collect(),
-            vsock_override: Some(VsockOverride { uds_path: vsock.to_owned() }),
+            vsock_override: Some(VsockOverride { uds_path: self.container.run().join(VSOCK) }),
             drive_overrides: std::iter::once(image).chain(writable).collect(),
             console_override: Some(ConsoleOverride {
-                output_path: self.container.path("console.log"),
+                output_path: handed.append(&console).map_err(at(&console))?,
             }),
             clock_realtime: false,
             huge_pages: RestoredPages::Snapshot,
-        }
+        })
     }
 
     fn hostname(&self) -> String {
@@ -616,27 +656,32 @@ impl Plan<'_> {
         &self,
         volumes: &[Attached],
         attachment: Option<&Attachment>,
-        vsock: &Path,
         container: &Container,
+        handed: &mut Handed,
     ) -> Result<ConfigFile, RunError> {
-        let initrd = self.kernel.initrd(&programs::init()?)?;
-        let drive = |id: String, path: &Path, is_read_only: bool| Drive {
-            drive_id: id,
-            is_root_device: false,
-            partuuid: None,
-            path_on_host: Some(path.to_owned()),
-            is_read_only,
-            cache_type: CacheType::Writeback,
-            io_engine: IoEngine::Sync,
-            rate_limiter: None,
-            socket: None,
+        let mut config = bare_machine(self.kernel, container, handed)?;
+        let mut drive = |id: String, path: &Path, is_read_only: bool| {
+            let opened = if is_read_only { handed.read(path) } else { handed.write(path) };
+            config.drives.push(Drive {
+                drive_id: id,
+                is_root_device: false,
+                partuuid: None,
+                path_on_host: Some(opened.map_err(at(path))?),
+                is_read_only,
+                cache_type: CacheType::Writeback,
+                io_engine: IoEngine::Sync,
+                rate_limiter: None,
+                socket: None,
+            });
+            Ok::<_, RunError>(())
         };
-        let mut config = bare_machine(self.kernel, &initrd, vsock, container);
-        config.drives.push(drive("image".to_owned(), self.root_device, true));
-        config.drives.extend(self.writable.map(|path| drive("writable".to_owned(), path, false)));
-        config.drives.extend(volumes.iter().enumerate().map(|(index, volume)| {
-            drive(format!("volume{index}"), &volume.path, volume.argument.read_only)
-        }));
+        drive("image".to_owned(), self.root_device, true)?;
+        if let Some(path) = self.writable {
+            drive("writable".to_owned(), path, false)?;
+        }
+        for (index, volume) in volumes.iter().enumerate() {
+            drive(format!("volume{index}"), &volume.path, volume.argument.read_only)?;
+        }
         config.machine_config = Some(MachineConfig {
             vcpu_count: self.cpus,
             mem_size_mib: (self.memory >> 20) as usize,
@@ -675,6 +720,8 @@ pub struct WarmOptions {
     pub disk: u64,
     /// Network.
     pub network: NetworkMode,
+    /// How the VMM is confined.
+    pub confinement: Policy,
     /// Let the VMM log everything.
     pub debug: bool,
 }
@@ -695,6 +742,14 @@ pub fn snapshot_warm(
         image: options.image.clone(),
         image_id: image.config_digest.to_string(),
         remove: true,
+        machine: Machine {
+            root_device: root_device.to_owned(),
+            memory_mib: (options.memory >> 20) as usize,
+            cpus: options.cpus,
+            network: options.network == NetworkMode::Default,
+            writable: !options.read_only,
+            volumes: 0,
+        },
         ..Config::default()
     };
     let container = Container::create(paths, config)?;
@@ -703,12 +758,11 @@ pub fn snapshot_warm(
             NetworkMode::None => None,
             NetworkMode::Default => Some(network::attach(None)?),
         };
-        let writable = (!options.read_only).then(|| container.path("writable.ext4"));
+        let writable = container.writable();
         if let Some(path) = &writable {
             disk::make(paths, options.disk, path)?;
         }
-        let vsock = container.run().join("v");
-        let ready = Ready::listen(&vsock)?;
+        let ready = Ready::listen(&container.run().join(VSOCK))?;
         let plan = Plan {
             kernel,
             root_device,
@@ -717,15 +771,24 @@ pub fn snapshot_warm(
             memory: options.memory,
             debug: options.debug,
         };
-        let machine = plan.machine(&[], attachment.as_ref(), &vsock, &container)?;
-        let mut vmm = start_vmm(&program, Some(&machine), &container, &[], attachment.as_ref())?;
+        let mut handed = Handed::default();
+        let machine = plan.machine(&[], attachment.as_ref(), &container, &mut handed)?;
+        let launch = Launch {
+            program: &program,
+            container: &container,
+            policy: &options.confinement,
+            volumes: &[],
+            attachment: attachment.as_ref(),
+        };
+        let mut vmm = launch.start(Some(&machine), handed)?;
         let _notice = match ready.wait(vmm.pidfd(), BOOT_LIMIT) {
             Ok(notice) => notice,
             Err(error) => return Err(explain(error.into(), &mut vmm, &container)),
         };
-        Ok(work.take(&MachineApi::of(container.run()))?)
+        Ok(work.take(container.run(), container.writable().as_deref())?)
     };
     let taken = attempt();
+    let machine = container.config.machine.clone();
     container.discard()?;
     let origin = snapshot::Origin {
         image: options.image.clone(),
@@ -735,62 +798,113 @@ pub fn snapshot_warm(
         dns: Dns::default(),
         extra_hosts: Vec::new(),
     };
-    Ok(work.finish(&taken?, origin)?)
+    taken?;
+    Ok(work.finish(&machine, origin)?)
 }
 
 /// What every machine has: a kernel, a console, entropy, and the agent's vsock.
-fn bare_machine(kernel: &Kernel, initrd: &Path, vsock: &Path, container: &Container) -> ConfigFile {
+fn bare_machine(
+    kernel: &Kernel,
+    container: &Container,
+    handed: &mut Handed,
+) -> Result<ConfigFile, RunError> {
+    let initrd = kernel.initrd(&programs::init()?)?;
+    let console = container.path("console.log");
     let boot_args = "console=hvc0 quiet reboot=t panic=-1 8250.nr_uarts=0 \
         random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check dummy.numdummies=0";
     let mut config = ConfigFile::new(BootSource {
-        kernel_image_path: kernel.image.clone(),
-        initrd_path: Some(initrd.to_owned()),
+        kernel_image_path: handed.read(&kernel.image).map_err(at(&kernel.image))?,
+        initrd_path: Some(handed.read(&initrd).map_err(at(&initrd))?),
         boot_args: Some(boot_args.to_owned()),
     });
-    config.vsock = Some(Vsock { guest_cid: 3, uds_path: vsock.to_owned(), vsock_id: None });
+    let uds_path = container.run().join(VSOCK);
+    config.vsock = Some(Vsock { guest_cid: 3, uds_path, vsock_id: None });
     config.entropy = Some(Entropy::default());
-    config.console =
-        Some(Console { output_path: Some(container.path("console.log")), serial: false });
-    config
+    let output_path = Some(handed.append(&console).map_err(at(&console))?);
+    config.console = Some(Console { output_path, serial: false });
+    Ok(config)
 }
 
-/// Starts the VMM of a container, which inherits the locks and the network. Without a machine it
-/// waits for one over its API.
-fn start_vmm(
-    program: &Path,
-    machine: Option<&ConfigFile>,
-    container: &Container,
-    volumes: &[Attached],
-    attachment: Option<&Attachment>,
-) -> Result<Vmm, RunError> {
-    let path = container.path("vm.json");
-    if let Some(machine) = machine {
-        let text = serde_json::to_vec(machine).map_err(io::Error::from).map_err(at(&path))?;
-        std::fs::write(&path, text).map_err(at(&path))?;
-    }
-    let api = MachineApi::of(container.run());
-    let log_path = container.path("vmm.log");
-    let log = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(&log_path)
-        .map_err(at(&log_path))?;
-    let mut inherited = vec![container.lock().as_raw_fd()];
-    inherited.extend(volumes.iter().map(|volume| volume.lock.as_raw_fd()));
-    inherited.extend(attachment.map(|attachment| attachment.tap.as_raw_fd()));
-    let arguments = |command: &mut std::process::Command| {
-        match machine {
-            Some(_) => command.arg("--config-file").arg(&path),
-            None => command.args(["--level", "Warning", "--show-level"]),
-        };
-        command.arg("--api-sock").arg(api.socket());
-        command.args(["--id", &container.config.name]);
-        if let Some(attachment) = attachment {
-            command.arg("--tap-fd").arg(format!("eth0={}", vmm::number(&attachment.tap)));
+/// What the VMM of a container is started with.
+struct Launch<'a> {
+    program: &'a Path,
+    container: &'a Container,
+    policy: &'a Policy,
+    volumes: &'a [Attached],
+    attachment: Option<&'a Attachment>,
+}
+
+impl Launch<'_> {
+    /// Starts the VMM, which inherits the locks, the network, its sockets and what it was handed.
+    /// Without a machine it waits for one over its API.
+    fn start(&self, machine: Option<&ConfigFile>, mut handed: Handed) -> Result<Vmm, RunError> {
+        let container = self.container;
+        let id = crate::container::short(&container.config.id);
+        let mut description = None;
+        if let Some(machine) = machine {
+            let path = container.path("vm.json");
+            let text = serde_json::to_vec(machine).map_err(io::Error::from).map_err(at(&path))?;
+            std::fs::write(&path, text).map_err(at(&path))?;
+            description = Some(handed.read(&path).map_err(at(&path))?);
         }
-    };
-    Vmm::start(program, arguments, &inherited, log).map_err(at(program))
+        let api = handed.give(agent::listen(MachineApi::of(container.run()).socket())?);
+        let vsock = agent::listen(&container.run().join(VSOCK))?;
+        let log_path = container.path("vmm.log");
+        let log = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&log_path)
+            .map_err(at(&log_path))?;
+        let confinement = Confinement::new(self.policy)
+            .map_err(|error| RunError::Machine(format!("a user for the VMM: {error}")))?;
+        if let Some(cgroup) = confinement.cgroup(id) {
+            container.set_cgroup(&cgroup)?;
+        }
+        let shape = &container.config.machine;
+        let share = Share {
+            memory: (shape.memory_mib as u64) << 20,
+            cpus: shape.cpus,
+            file: handed.largest(),
+        };
+        let mut inherited = vec![container.lock().as_raw_fd(), vsock.as_raw_fd()];
+        inherited.extend(confinement.lock());
+        inherited.extend(self.volumes.iter().map(|volume| volume.lock.as_raw_fd()));
+        inherited.extend(self.attachment.map(|attachment| attachment.tap.as_raw_fd()));
+        inherited.extend(handed.numbers());
+        let arguments = |command: &mut std::process::Command| {
+            match &description {
+                Some(path) => command.arg("--config-file").arg(path),
+                None => command.args(["--level", "Warning", "--show-level"]),
+            };
+            command.args(["--id", id]).arg("--api-sock").arg(&api);
+            command.arg("--vsock-fd").arg(vmm::number(&vsock).to_string());
+            if let Some(attachment) = self.attachment {
+                command.arg("--tap-fd").arg(format!("eth0={}", vmm::number(&attachment.tap)));
+            }
+            confinement.arguments(command, container.run(), share);
+        };
+        Vmm::start(self.program, arguments, &inherited, log).map_err(|error| match error {
+            vmm::StartError::Program(error) => at(self.program)(error),
+            vmm::StartError::Refused => RunError::Machine(refusal(container)),
+        })
+    }
+}
+
+/// Why a VMM that did not start did not, in its own words.
+fn refusal(container: &Container) -> String {
+    let line = last_line(container, "vmm.log").unwrap_or_default();
+    line.trim_start_matches("vmrun-vmm: ").to_owned()
+}
+
+/// The last line of a container's file that is not empty; of a crash the one that says panic.
+fn last_line(container: &Container, name: &str) -> Option<String> {
+    let bytes = tail(&container.path(name)).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<_> =
+        text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let panic = lines.iter().find(|line| line.contains("Kernel panic"));
+    panic.or(lines.last()).map(|line| printable(line))
 }
 
 /// Turns a broken conversation into what a user can use: why the VMM ended, in its own words or the
@@ -810,26 +924,16 @@ fn explain(error: RunError, vmm: &mut Vmm, container: &Container) -> RunError {
     }
     // A VMM whose sockets closed is about to end.
     let Ok(status) = vmm.wait(Duration::from_secs(5)) else { return error };
-    let last = |name: &str| {
-        let bytes = tail(&container.path(name)).unwrap_or_default();
-        let text = String::from_utf8_lossy(&bytes);
-        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        // Of a crash the line that says panic is worth more than the last one.
-        let lines: Vec<_> = lines.collect();
-        let panic = lines.iter().find(|line| line.contains("Kernel panic"));
-        panic.or(lines.last()).map(|line| printable(line))
-    };
     if status.code() == Some(api_server::machine::exit_status::START_FAILED) {
-        let line = last("vmm.log").unwrap_or_default();
-        return RunError::Machine(line.trim_start_matches("vmrun-vmm: ").to_owned());
+        return RunError::Machine(refusal(container));
     }
     let reason = if silent { error.to_string() } else { vmm::describe(status) };
     if !silent && status.code().is_none() {
         return RunError::Ended(reason);
     }
     // A guest that crashed before it had a console has said nothing; its VMM knows how it ended.
-    let said = last("console.log").map(|line| format!("its console says: {line}"));
-    let said = said.or_else(|| last("vmm.log").map(|line| format!("the VMM says: {line}")));
+    let said = last_line(container, "console.log").map(|line| format!("its console says: {line}"));
+    let said = said.or_else(|| last_line(container, "vmm.log").map(|line| format!("the VMM says: {line}")));
     RunError::Ended(said.map_or(reason.clone(), |said| format!("{reason}; {said}")))
 }
 
@@ -845,19 +949,27 @@ fn tail(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// Starts a machine without an image and waits until its agent is up: whether machines run here.
-pub fn try_boot(paths: &Paths, kernel: &Kernel) -> Result<Duration, RunError> {
+pub fn try_boot(paths: &Paths, kernel: &Kernel, policy: &Policy) -> Result<Duration, RunError> {
     let program = programs::vmm()?;
-    let initrd = kernel.initrd(&programs::init()?)?;
-    let config = Config { remove: true, ..Config::default() };
+    let memory_mib = 128;
+    let machine = Machine { memory_mib, cpus: 1, ..Machine::default() };
+    let config = Config { remove: true, machine, ..Config::default() };
     let container = Container::create(paths, config)?;
     let attempt = || {
-        let vsock = container.run().join("v");
-        let ready = Ready::listen(&vsock)?;
-        let mut config = bare_machine(kernel, &initrd, &vsock, &container);
+        let ready = Ready::listen(&container.run().join(VSOCK))?;
+        let mut handed = Handed::default();
+        let mut config = bare_machine(kernel, &container, &mut handed)?;
         config.machine_config =
-            Some(MachineConfig { vcpu_count: 1, mem_size_mib: 128, ..Default::default() });
+            Some(MachineConfig { vcpu_count: 1, mem_size_mib: memory_mib, ..Default::default() });
         let since = Instant::now();
-        let mut vmm = start_vmm(&program, Some(&config), &container, &[], None)?;
+        let launch = Launch {
+            program: &program,
+            container: &container,
+            policy,
+            volumes: &[],
+            attachment: None,
+        };
+        let mut vmm = launch.start(Some(&config), handed)?;
         match ready.wait(vmm.pidfd(), TRIAL_LIMIT) {
             Ok(_) => Ok(since.elapsed()),
             Err(error) => Err(explain(error.into(), &mut vmm, &container)),

@@ -17,19 +17,19 @@
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_protocol::Stream;
-use api_server::machine::config_file::ConfigFile;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::agent::{self, AgentError};
-use crate::container::{self, ContainerError};
+use crate::container::{self, ContainerError, Machine, VSOCK};
 use crate::disk::{self, DiskError};
+use crate::gift::Gift;
 use crate::machine_api::{ApiError, MachineApi};
 use crate::network::Dns;
 use crate::paths::Paths;
@@ -378,22 +378,36 @@ impl Work {
         Ok(Work { paths: paths.clone(), name: name.to_owned(), folder, _lock: lock })
     }
 
-    /// Has the machine, which stands still meanwhile, written with its writable layer; what it is
-    /// made of.
-    pub(crate) fn take(&self, api: &MachineApi) -> Result<ConfigFile, SnapshotError> {
-        let description = api.description()?;
+    /// Has the machine whose sockets are in `run`, which stands still meanwhile, written with its
+    /// writable layer.
+    pub(crate) fn take(&self, run: &Path, writable: Option<&Path>) -> Result<(), SnapshotError> {
+        let api = MachineApi::of(run);
         api.pause()?;
-        let written = self.copy(api, &description);
+        let written = self.copy(&api, run, writable);
         // Whatever went wrong, the machine runs on.
         api.resume()?;
-        written.map(|()| description)
+        written
     }
 
-    fn copy(&self, api: &MachineApi, description: &ConfigFile) -> Result<(), SnapshotError> {
+    fn copy(
+        &self,
+        api: &MachineApi,
+        run: &Path,
+        writable: Option<&Path>,
+    ) -> Result<(), SnapshotError> {
         let folder = self.folder.path();
-        api.create_snapshot(&folder.join(STATE), &folder.join(MEMORY))?;
-        let writable = description.drives.iter().find(|drive| !drive.is_read_only);
-        if let Some(path) = writable.and_then(|drive| drive.path_on_host.as_ref()) {
+        // The VMM can make no file; those that it is to write are handed to it.
+        let give = |name: &str| {
+            let path = folder.join(name);
+            let mut options = File::options();
+            options.read(true).write(true).create_new(true).mode(0o600);
+            let file = options.open(&path).map_err(at(&path))?;
+            let socket = run.join(format!("give-{name}"));
+            Gift::offer(&socket, file).map_err(at(&socket))
+        };
+        let (state, memory) = (give(STATE)?, give(MEMORY)?);
+        api.create_snapshot(state.path(), memory.path())?;
+        if let Some(path) = writable {
             disk::copy(path, &folder.join(WRITABLE))?;
         }
         Ok(())
@@ -402,7 +416,7 @@ impl Work {
     /// Gives it its name.
     pub(crate) fn finish(
         self,
-        description: &ConfigFile,
+        machine: &Machine,
         origin: Origin,
     ) -> Result<(), SnapshotError> {
         let folder = self.folder.path();
@@ -414,12 +428,7 @@ impl Work {
                 files.push(FileRecord::of(&path, name == STATE).map_err(at(&path))?);
             }
         }
-        let device = description
-            .drives
-            .iter()
-            .find_map(|drive| drive.path_on_host.as_ref().filter(|_| drive.is_read_only));
-        let device = device.cloned().unwrap_or_default();
-        let config = description.machine_config.clone().unwrap_or_default();
+        let device = &machine.root_device;
         let Origin { image, image_id, kernel, main, dns, extra_hosts } = origin;
         let manifest = Manifest {
             format: FORMAT,
@@ -428,12 +437,12 @@ impl Work {
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |it| it.as_secs()),
             image,
             image_id,
-            root_device: FileRecord::of(&device, false).map_err(at(&device))?,
+            root_device: FileRecord::of(device, false).map_err(at(device))?,
             kernel,
             main,
-            memory_mib: config.mem_size_mib,
-            cpus: config.vcpu_count,
-            network: !description.network_interfaces.is_empty(),
+            memory_mib: machine.memory_mib,
+            cpus: machine.cpus,
+            network: machine.network,
             dns,
             extra_hosts,
             files,
@@ -470,16 +479,16 @@ pub fn create(paths: &Paths, container: &str, name: &str) -> Result<(), Snapshot
     let api = MachineApi::of(&other.run);
     // One that was killed half-way has left the machine standing still.
     api.resume()?;
-    let mut drives = api.description()?.drives.into_iter();
-    if drives.any(|drive| !matches!(drive.drive_id.as_str(), "image" | "writable")) {
+    if other.config.machine.volumes > 0 {
         return Err(SnapshotError::Volumes(other.config.name));
     }
     // The end of the machine is the end of its sockets, which is as good as its pidfd.
     let (machine, _held) = nix::unistd::pipe().map_err(|error| at(&other.run)(error.into()))?;
-    let held = agent::hold_still(&other.run.join("v"), machine.as_fd())?;
-    let description = work.take(&api)?;
+    let held = agent::hold_still(&other.run.join(VSOCK), machine.as_fd())?;
+    work.take(&other.run, other.writable().as_deref())?;
     drop(held);
     let config = other.config;
+    let machine = config.machine;
     let origin = Origin {
         image: config.image,
         image_id: config.image_id,
@@ -488,7 +497,7 @@ pub fn create(paths: &Paths, container: &str, name: &str) -> Result<(), Snapshot
         dns: config.dns,
         extra_hosts: config.extra_hosts,
     };
-    work.finish(&description, origin)
+    work.finish(&machine, origin)
 }
 
 #[cfg(test)]
@@ -520,13 +529,8 @@ mod tests {
         for (name, text) in [(STATE, "state"), (MEMORY, "memory"), (WRITABLE, "disk")] {
             fs::write(work.folder.path().join(name), text).unwrap();
         }
-        let description = serde_json::json!({
-            "drives": [{
-                "drive_id": "image", "path_on_host": device, "is_root_device": false,
-                "is_read_only": true,
-            }],
-        });
-        work.finish(&serde_json::from_value(description).unwrap(), origin())
+        let machine = Machine { root_device: device, ..Machine::default() };
+        work.finish(&machine, origin())
     }
 
     fn entries(paths: &Paths) -> usize {

@@ -25,19 +25,18 @@ fn other(text: impl Into<String>) -> io::Error {
 }
 
 impl Cgroup {
+    /// Where the cgroup of the jail of this id is, for whoever removes it after the jail's end.
+    pub fn folder(&self, id: &str) -> Result<PathBuf, JailError> {
+        Ok(base()?.join(&self.parent).join(id))
+    }
+
     /// Makes the cgroup and has this process in it.
     pub(crate) fn enter(&self, id: &str) -> Result<(), JailError> {
-        let root = hierarchy()?;
-        let base = match nix::unistd::geteuid().is_root() {
-            true => root,
-            false => root.join(own()?),
-        };
-        let group = self.make(&base, id)?;
+        let group = self.make(&base()?, id)?;
         let path = group.join("cgroup.procs");
         fs::write(&path, "0").map_err(failed(format!("moving into {}", path.display())))
     }
 
-    /// The folder that [`Cgroup::enter`] makes below the root of cgroups.
     fn make(&self, base: &Path, id: &str) -> Result<PathBuf, JailError> {
         let mut group = base.to_owned();
         for part in self.parent.components().chain(Path::new(id).components()) {
@@ -95,6 +94,15 @@ impl Cgroup {
             })?;
         }
         Ok(())
+    }
+}
+
+/// Below which this user's cgroups are.
+fn base() -> Result<PathBuf, JailError> {
+    let root = hierarchy()?;
+    match nix::unistd::geteuid().is_root() {
+        true => Ok(root),
+        false => Ok(root.join(own()?)),
     }
 }
 

@@ -55,6 +55,12 @@ fn run_arguments(root: Option<&Path>, arguments: &CloneArguments) -> Vec<OsStrin
         words.extend(["--root".into(), root.into()]);
     }
     words.extend(["run".into(), "--rm".into(), "--from".into(), (&arguments.snapshot).into()]);
+    for step in &arguments.confinement.unconfined {
+        words.extend(["--unconfined".into(), step.name().into()]);
+    }
+    if let Some(parent) = &arguments.confinement.cgroup_parent {
+        words.extend(["--cgroup-parent".into(), parent.into()]);
+    }
     for env in &arguments.env {
         words.extend(["--env".into(), env.into()]);
     }

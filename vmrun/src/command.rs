@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use engine::confinement::{Policy, Step};
 
 /// Run container images as micro-VMs, each with its own kernel.
 ///
@@ -56,6 +57,8 @@ pub enum Command {
         /// How to print
         #[arg(long, default_value = "table")]
         format: Format,
+        #[command(flatten)]
+        confinement: ConfinementArguments,
     },
     /// Print a script that completes commands in a shell
     Completion {
@@ -86,8 +89,29 @@ pub enum Pull {
     Never,
 }
 
+/// How VMMs are confined.
+#[derive(Args)]
+pub struct ConfinementArguments {
+    /// Go on where a part of the VMM's jail is not possible on this host: cgroup, namespaces,
+    /// landlock or seccomp. Each takes away a wall between the guest and the host
+    #[arg(long, value_name = "PART", env = "VMRUN_UNCONFINED", value_delimiter = ',')]
+    pub unconfined: Vec<Step>,
+    /// Make the VMM's cgroup below this one [default: vmrun, or the caller's own if not root]
+    #[arg(long, value_name = "PATH", env = "VMRUN_CGROUP_PARENT")]
+    pub cgroup_parent: Option<PathBuf>,
+}
+
+impl ConfinementArguments {
+    /// As the engine has it.
+    pub fn policy(&self) -> Policy {
+        Policy { unconfined: self.unconfined.clone(), cgroup_parent: self.cgroup_parent.clone() }
+    }
+}
+
 #[derive(Args)]
 pub struct RunArguments {
+    #[command(flatten)]
+    pub confinement: ConfinementArguments,
     /// Set an environment variable: NAME=value, or NAME for this shell's value
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     pub env: Vec<String>,
@@ -227,6 +251,8 @@ pub enum SnapshotCommand {
 
 #[derive(Args)]
 pub struct SnapshotCreateArguments {
+    #[command(flatten)]
+    pub confinement: ConfinementArguments,
     /// Boot a machine of an image, and stop it before it runs a command
     #[arg(long)]
     pub warm: bool,
@@ -257,6 +283,8 @@ pub struct SnapshotCreateArguments {
 
 #[derive(Args)]
 pub struct CloneArguments {
+    #[command(flatten)]
+    pub confinement: ConfinementArguments,
     /// How many
     #[arg(short = 'n', long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub count: u16,

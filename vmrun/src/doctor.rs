@@ -2,14 +2,15 @@
 
 use std::path::Path;
 
+use engine::confinement::Policy;
 use engine::doctor::{self, Verdict};
 
 use crate::command::Format;
 use crate::{Failure, output};
 
 /// Prints what this host has and lacks; the exit status says whether machines can run.
-pub fn doctor(root: Option<&Path>, format: Format) -> Result<u8, Failure> {
-    let findings = doctor::examine(root);
+pub fn doctor(root: Option<&Path>, policy: &Policy, format: Format) -> Result<u8, Failure> {
+    let findings = doctor::examine(root, policy);
     match format {
         Format::Json => findings.iter().try_for_each(output::json)?,
         Format::Table => {

@@ -71,7 +71,9 @@ fn dispatch(options: Options) -> Result<u8, Failure> {
         Command::Clone(arguments) => clone::clone(&paths()?, options.root.as_deref(), *arguments),
         Command::Ps(arguments) => container::ps(&paths()?, &arguments).map(|()| 0),
         Command::Rm { containers } => container::rm(&paths()?, &containers).map(|()| 0),
-        Command::Doctor { format } => doctor::doctor(options.root.as_deref(), format),
+        Command::Doctor { format, confinement } => {
+            doctor::doctor(options.root.as_deref(), &confinement.policy(), format)
+        }
         Command::Completion { shell } => {
             command::completion(shell);
             Ok(0)

@@ -239,6 +239,7 @@ fn options(arguments: &RunArguments, debug: bool) -> Result<RunOptions, Failure>
         extra_hosts: each(&arguments.add_host, add_host)?,
         cidfile: arguments.cidfile.clone(),
         no_signals: !arguments.sig_proxy || arguments.tty,
+        confinement: arguments.confinement.policy(),
         debug,
     })
 }

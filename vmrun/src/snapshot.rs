@@ -88,6 +88,7 @@ fn create_warm(
         read_only: arguments.read_only,
         disk: disk(&arguments.storage_opt)?,
         network: network(arguments.network.as_deref())?,
+        confinement: arguments.confinement.policy(),
         debug,
     };
     let kernel = Kernels::open(paths.state()).resolve(arguments.kernel.as_deref())?;
