@@ -123,7 +123,9 @@ impl User {
         for _ in 0..DRAWS {
             let mut bytes = [0; 2];
             crate::random::fill(&mut bytes)?;
-            if let Some(user) = User::lock(locks, USERS.start + u32::from(u16::from_ne_bytes(bytes)))? {
+            if let Some(user) =
+                User::lock(locks, USERS.start + u32::from(u16::from_ne_bytes(bytes)))?
+            {
                 return Ok(user);
             }
         }
@@ -173,11 +175,8 @@ mod tests {
 
     #[test]
     fn a_machine_gets_what_it_was_promised_and_a_little_more() {
-        let confinement = Confinement {
-            user: None,
-            parent: "vmrun".into(),
-            unconfined: vec![Step::Landlock],
-        };
+        let confinement =
+            Confinement { user: None, parent: "vmrun".into(), unconfined: vec![Step::Landlock] };
         let mut command = Command::new("x");
         let share = Share { memory: 128 << 20, cpus: 2, file: 1 << 30 };
         confinement.arguments(&mut command, Path::new("/run/x"), share);

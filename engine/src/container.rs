@@ -15,8 +15,8 @@
 //! The lock is an open file description that the VMM inherits. So it is free exactly when the
 //! command and the VMM are both gone, whatever ended them, and everyone can see that.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};

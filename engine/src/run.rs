@@ -901,8 +901,7 @@ fn refusal(container: &Container) -> String {
 fn last_line(container: &Container, name: &str) -> Option<String> {
     let bytes = tail(&container.path(name)).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<_> =
-        text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let panic = lines.iter().find(|line| line.contains("Kernel panic"));
     panic.or(lines.last()).map(|line| printable(line))
 }
@@ -933,7 +932,8 @@ fn explain(error: RunError, vmm: &mut Vmm, container: &Container) -> RunError {
     }
     // A guest that crashed before it had a console has said nothing; its VMM knows how it ended.
     let said = last_line(container, "console.log").map(|line| format!("its console says: {line}"));
-    let said = said.or_else(|| last_line(container, "vmm.log").map(|line| format!("the VMM says: {line}")));
+    let said = said
+        .or_else(|| last_line(container, "vmm.log").map(|line| format!("the VMM says: {line}")));
     RunError::Ended(said.map_or(reason.clone(), |said| format!("{reason}; {said}")))
 }
 

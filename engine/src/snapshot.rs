@@ -414,11 +414,7 @@ impl Work {
     }
 
     /// Gives it its name.
-    pub(crate) fn finish(
-        self,
-        machine: &Machine,
-        origin: Origin,
-    ) -> Result<(), SnapshotError> {
+    pub(crate) fn finish(self, machine: &Machine, origin: Origin) -> Result<(), SnapshotError> {
         let folder = self.folder.path();
         let mut files = Vec::new();
         for name in [STATE, MEMORY, WRITABLE] {

@@ -7,6 +7,7 @@
 
 mod http;
 mod metrics;
+pub mod random;
 mod service;
 mod stack;
 mod store;

@@ -77,7 +77,7 @@ pub enum StackError {
     Mac([u8; 6]),
     /// The system has no random numbers.
     #[error("cannot choose sequence numbers: {0}")]
-    Random(#[from] getrandom::Error),
+    Random(#[from] rustix::io::Errno),
 }
 
 /// The service's end of a network interface.
@@ -115,7 +115,9 @@ impl Stack {
         }
         let mut link = Link::default();
         let mut settings = Config::new(mac.into());
-        settings.random_seed = getrandom::u64()?;
+        let mut seed = [0; 8];
+        crate::random::fill(&mut seed)?;
+        settings.random_seed = u64::from_ne_bytes(seed);
         let mut interface = Interface::new(settings, &mut link, Instant::ZERO);
         // All guests are neighbours, whatever their address.
         let network = IpCidr::new(config.ipv4_address.into(), 0);

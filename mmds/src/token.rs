@@ -32,7 +32,7 @@ pub enum TokenError {
     Ttl(u32),
     /// The system has no random numbers for a key.
     #[error("cannot make a key for session tokens: {0}")]
-    Random(#[from] getrandom::Error),
+    Random(#[from] rustix::io::Errno),
     /// The token cannot be encrypted.
     #[error("cannot encrypt a session token")]
     Encryption,
@@ -49,7 +49,7 @@ impl TokenAuthority {
     /// An authority with a new key.
     pub fn new() -> Result<TokenAuthority, TokenError> {
         let mut key = Key::default();
-        getrandom::fill(&mut key)?;
+        crate::random::fill(&mut key)?;
         Ok(TokenAuthority { cipher: ChaCha20Poly1305::new(&key), issued: 0 })
     }
 

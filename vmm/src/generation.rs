@@ -34,6 +34,6 @@ impl Generation {
 /// Writes an ID that no machine had before.
 pub fn write(memory: &GuestMemory) -> Result<(), StartError> {
     let mut id = [0; 16];
-    getrandom::fill(&mut id).map_err(StartError::device("generation ID"))?;
+    mmds::random::fill(&mut id).map_err(StartError::device("generation ID"))?;
     Ok(memory.write_slice(&id, GuestAddress(layout::GENERATION_ID))?)
 }
