@@ -34,7 +34,8 @@ const LARGER: u64 = 64 << 20;
 pub struct Policy {
     /// Parts of the jail to go on without.
     pub unconfined: Vec<Step>,
-    /// The cgroup below which each VMM gets one, instead of `vmrun`.
+    /// The cgroup below which each VMM gets one; without it that is `vmrun` for root, and the one
+    /// above their own for others.
     pub cgroup_parent: Option<PathBuf>,
 }
 

@@ -9,8 +9,9 @@ use crate::error::{JailError, Step};
 /// A share of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cgroup {
-    /// The cgroup below which the new one is made: a path without `..`, below the root of cgroups
-    /// for root, and below the caller's own cgroup for others.
+    /// The cgroup below which the new one is made: a path without `..`. It begins at the root of
+    /// cgroups if it has a slash in front or the caller is root; else at the cgroup above the
+    /// caller's own, where a service manager lets users have others.
     pub parent: PathBuf,
     /// Files and what is written into them, such as `memory.max` and `134217728`.
     pub values: Vec<(String, String)>,
@@ -27,24 +28,37 @@ fn other(text: impl Into<String>) -> io::Error {
 impl Cgroup {
     /// Where the cgroup of the jail of this id is, for whoever removes it after the jail's end.
     pub fn folder(&self, id: &str) -> Result<PathBuf, JailError> {
-        Ok(base()?.join(&self.parent).join(id))
+        let (base, parent) = self.base()?;
+        Ok(base.join(parent).join(id))
     }
 
     /// Makes the cgroup and has this process in it.
     pub(crate) fn enter(&self, id: &str) -> Result<(), JailError> {
-        let group = self.make(&base()?, id)?;
+        let (base, parent) = self.base()?;
+        let group = self.make(&base, &parent.join(id))?;
         let path = group.join("cgroup.procs");
         fs::write(&path, "0").map_err(failed(format!("moving into {}", path.display())))
     }
 
-    fn make(&self, base: &Path, id: &str) -> Result<PathBuf, JailError> {
+    /// Where cgroups may be made, and the path from there.
+    fn base(&self) -> Result<(PathBuf, PathBuf), JailError> {
+        let root = hierarchy()?;
+        if let Ok(parent) = self.parent.strip_prefix("/") {
+            return Ok((root, parent.to_owned()));
+        }
+        let base = match nix::unistd::geteuid().is_root() {
+            true => root,
+            false => root.join(own()?.parent().unwrap_or(Path::new(""))),
+        };
+        Ok((base, self.parent.clone()))
+    }
+
+    fn make(&self, base: &Path, below: &Path) -> Result<PathBuf, JailError> {
         let mut group = base.to_owned();
-        for part in self.parent.components().chain(Path::new(id).components()) {
+        for part in below.components() {
             let Component::Normal(name) = part else {
-                return Err(JailError::Senseless(format!(
-                    "cgroup {}: a path without a beginning slash and without ..",
-                    self.parent.display()
-                )));
+                let text = format!("cgroup {}: it may not have ..", below.display());
+                return Err(JailError::Senseless(text));
             };
             self.delegate(&group)?;
             group.push(name);
@@ -83,9 +97,10 @@ impl Cgroup {
             fs::write(&path, format!("+{controller}")).map_err(|error| {
                 let what = format!("controller {controller} below {}", group.display());
                 let error = match error.raw_os_error() {
-                    Some(libc::EBUSY) => other(
-                        "that cgroup has processes of its own; start this in a cgroup of its own, \
-                         for example by systemd-run --user --scope -p Delegate=yes",
+                    Some(libc::EBUSY) => other("that cgroup has processes of its own"),
+                    Some(libc::EACCES) => other(
+                        "it is not this user's; start this in a cgroup that is, for example by \
+                         systemd-run --user --scope",
                     ),
                     Some(libc::ENOENT) => other("the host does not have it here"),
                     _ => error,
@@ -94,15 +109,6 @@ impl Cgroup {
             })?;
         }
         Ok(())
-    }
-}
-
-/// Below which this user's cgroups are.
-fn base() -> Result<PathBuf, JailError> {
-    let root = hierarchy()?;
-    match nix::unistd::geteuid().is_root() {
-        true => Ok(root),
-        false => Ok(root.join(own()?)),
     }
 }
 
@@ -151,14 +157,14 @@ mod tests {
             parent: parent.into(),
             values: vec![(file.to_owned(), "1".to_owned())],
         };
-        for (parent, id) in [("../x", "a"), ("/x", "a"), ("", "../a"), ("", "..")] {
-            let error = cgroup(parent, "memory.max").make(&base, id).unwrap_err();
+        for below in ["../x/a", "/x/a", "../a", ".."] {
+            let error = cgroup("", "memory.max").make(&base, Path::new(below)).unwrap_err();
             assert!(matches!(error, JailError::Senseless(_)), "{error}");
         }
         for file in ["memory", "../memory.max", "memory.max/x", ""] {
-            assert!(cgroup("", file).make(&base, "a").is_err(), "{file}");
+            assert!(cgroup("", file).make(&base, Path::new("a")).is_err(), "{file}");
         }
-        let error = cgroup("", "memory.max").make(&base, "a").unwrap_err();
+        let error = cgroup("", "memory.max").make(&base, Path::new("a")).unwrap_err();
         assert_eq!(error.failed_step(), Some(Step::Cgroup));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }

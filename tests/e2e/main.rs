@@ -11,6 +11,7 @@ mod api;
 mod clones;
 mod faults;
 mod images;
+mod jail;
 mod monitor;
 mod network;
 mod pci;

@@ -1,9 +1,9 @@
 //! VMs on the default network, and without one.
 
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
+use e2e::user::User;
 use e2e::{Running, Session};
 
 const BASE: &str = "localhost/base";
@@ -104,35 +104,11 @@ fn without_a_network_there_is_loopback_only() {
 
 #[test]
 fn without_a_network_no_privilege_is_needed() {
-    let session = Session::prepared();
-    let folder = tempfile::tempdir().unwrap();
-    nix::unistd::chown(folder.path(), Some(65534.into()), Some(65534.into())).unwrap();
+    let user = User::new();
+    // Nobody has given this user a cgroup of its own.
     let user = |arguments: &[&str]| {
-        let mut command = Command::new("setpriv");
-        command.args([
-            "--reuid",
-            "65534",
-            "--regid",
-            "65534",
-            "--clear-groups",
-            "--inh-caps=-all",
-            "--",
-            "vmrun",
-        ]);
-        command
-            .args(arguments)
-            .env("VMRUN_ROOT", folder.path().join("root"))
-            .env("HOME", folder.path());
-        Running::start(command.stdin(std::process::Stdio::null())).finish()
+        Running::start(user.command(arguments).env("VMRUN_UNCONFINED", "cgroup")).finish()
     };
-    let mode = std::fs::Permissions::from_mode(0o666);
-    std::fs::set_permissions("/dev/kvm", mode).unwrap();
-    let archive = format!("oci-archive:{}", e2e::images::archive("base").display());
-    user(&["image", "pull", "-q", &archive]).exits(0);
-    let kernel = session.vmrun(["kernel", "ls", "--format", "json"]).exits(0).out();
-    assert!(!kernel.is_empty());
-    let vmlinux = e2e::images::kernel();
-    user(&["kernel", "import", "--default", vmlinux.to_str().unwrap()]).exits(0);
     user(&["run", "--rm", "--network", "none", BASE, "id", "-u"]).exits(0).prints("0\n");
     // With one, what is missing is said.
     user(&["run", "--rm", BASE, "true"]).exits(125).complains(&["root", "--network none"]);

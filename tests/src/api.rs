@@ -29,6 +29,11 @@ impl Vmm {
             assert!(since.elapsed() < Duration::from_secs(60), "no API socket");
             std::thread::sleep(Duration::from_millis(2));
         }
+        Vmm::over(socket, process)
+    }
+
+    /// One that listens already.
+    pub fn over(socket: &Path, process: Running) -> Vmm {
         Vmm { process, socket: socket.to_owned() }
     }
 

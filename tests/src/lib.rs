@@ -9,5 +9,6 @@ pub mod api;
 pub mod guest;
 pub mod images;
 pub mod session;
+pub mod user;
 
 pub use session::{Finished, Running, Session};

@@ -96,7 +96,7 @@ pub struct ConfinementArguments {
     /// landlock or seccomp. Each takes away a wall between the guest and the host
     #[arg(long, value_name = "PART", env = "VMRUN_UNCONFINED", value_delimiter = ',')]
     pub unconfined: Vec<Step>,
-    /// Make the VMM's cgroup below this one [default: vmrun, or the caller's own if not root]
+    /// Make the VMM's cgroup below this one [default: vmrun, or if not root the one above the caller's own]
     #[arg(long, value_name = "PATH", env = "VMRUN_CGROUP_PARENT")]
     pub cgroup_parent: Option<PathBuf>,
 }

@@ -38,13 +38,14 @@ const IMAGE_TOOLS: [&str; 9] = [
 ];
 
 /// The end-to-end tests, each group on a machine of its own; those that take longest first.
-const GROUPS: [&str; 11] = [
+const GROUPS: [&str; 12] = [
     "process::",
     "snapshots::",
     "clones::",
     "images::",
     "rootfs::",
     "monitor::",
+    "jail::",
     "api::",
     "terminal::",
     "network::",

@@ -59,7 +59,8 @@ pub struct JailOptions {
     /// Version of cgroups
     #[arg(long, requires = "jail", value_parser = ["2"], default_value = "2")]
     cgroup_version: String,
-    /// Make the cgroup below this one [default: the name of EXEC_FILE]
+    /// Make the cgroup below this one, which begins at the root of cgroups if it has a slash in front
+    /// or the caller is root, and else above the caller's own [default: the name of EXEC_FILE]
     #[arg(long, requires = "jail", value_name = "PATH")]
     parent_cgroup: Option<PathBuf>,
     /// Limit a resource: no-file (number of descriptors) or fsize (bytes of a file that is written)
