@@ -1,6 +1,8 @@
 //! The API socket, driven as an orchestrator does: every operation, before and after the guest's
 //! start, right and wrong.
 
+mod outputs;
+
 use std::path::Path;
 
 use e2e::api::Vmm;

@@ -49,7 +49,7 @@ use crate::slots::HotplugSlots;
 use crate::snapshot::memory_file::DirtyPages;
 use crate::snapshot::{MachineState, SavedDevice, SavedRegisters, VmState, saved_msrs};
 use crate::vcpu::{Buses, HaltSwitch, Vcpu};
-use crate::{StartError, cpu_template, generation, limits, memory, slots, vcpu};
+use crate::{StartError, cpu_template, generation, limits, memory, output_file, slots, vcpu};
 
 /// Firecracker's command line for a kernel that is given none.
 const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux \
@@ -422,7 +422,9 @@ fn add_legacy(
     let failed = StartError::device::<std::io::Error>;
     let config = description.serial.clone().unwrap_or_default();
     let output: Box<dyn Write + Send> = match &config.serial_out_path {
-        Some(path) => Box::new(append_to("serial output", path)?),
+        Some(path) => {
+            Box::new(output_file::open(path).map_err(StartError::open("serial output", path))?)
+        }
         None => Box::new(std::io::stdout()),
     };
     let limiter = limits::byte_limiter(config.rate_limiter.as_ref()).map_err(failed("serial"))?;
@@ -500,7 +502,7 @@ fn add_virtio(
     if let Some(path) =
         description.console.as_ref().and_then(|console| console.output_path.as_ref())
     {
-        let output = append_to("console output", path)?;
+        let output = output_file::open(path).map_err(StartError::open("console output", path))?;
         let console = devices::virtio::console::Console::new(Box::new(output), CONSOLE_LIMIT)
             .map_err(StartError::device("console"))?;
         manager.add_virtio(memory, "console", console)?;
@@ -640,26 +642,15 @@ fn check_sharing(drives: &[Drive]) -> Result<(), StartError> {
     Ok(())
 }
 
-fn append_to(what: &'static str, path: &Path) -> Result<File, StartError> {
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        // A FIFO without a reader must not hang the machine.
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|error| StartError::Open { what, path: path.to_owned(), error })
-}
-
 fn open(what: &'static str, path: &Path) -> Result<File, StartError> {
-    let failed = |error| StartError::Open { what, path: path.to_owned(), error };
+    let failed = || StartError::open(what, path);
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
         .open(path)
-        .map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(failed(std::io::Error::new(
+        .map_err(failed())?;
+    if !file.metadata().map_err(failed())?.is_file() {
+        return Err(failed()(std::io::Error::new(
             std::io::ErrorKind::InvalidInput,
             "not a regular file",
         )));
