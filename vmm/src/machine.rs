@@ -71,6 +71,20 @@ pub struct Handed {
 }
 
 /// A machine whose processors run, or stand still.
+impl Handed {
+    /// The same once more, on descriptors of its own: what a machine that cannot be made was given is
+    /// there for the next one.
+    pub fn try_clone(&self) -> std::io::Result<Handed> {
+        let taps = self.taps.iter().map(|(id, tap)| Ok((id.clone(), tap.try_clone()?)));
+        Ok(Handed {
+            taps: taps.collect::<std::io::Result<_>>()?,
+            boot_timer: self.boot_timer,
+            metadata: self.metadata.clone(),
+            pci: self.pci,
+        })
+    }
+}
+
 pub struct Running {
     vm: Arc<VmFd>,
     memory: GuestMemory,
