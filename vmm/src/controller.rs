@@ -597,10 +597,9 @@ impl Machine for Controller {
                 self.create(&create)?;
             }
             MachineRequest::SendCtrlAltDel => {
-                self.running()?;
-                return Err(MachineError::new(
-                    "SendCtrlAltDel: the machine has no keyboard; ask a program in the guest",
-                ));
+                lock(&self.running()?.keyboard)
+                    .press_ctrl_alt_del()
+                    .map_err(|error| refused(format!("SendCtrlAltDel: {error}")))?;
             }
             MachineRequest::PutLogger(config) => {
                 let missing = || MachineError::new("There is no log to be configured.");
@@ -676,6 +675,7 @@ mod tests {
         machine.write_metrics();
         assert_eq!(std::fs::read_to_string(file.path()).unwrap().lines().count(), 1);
     }
+
     #[test]
     fn a_load_that_fails_leaves_what_was_handed_in_for_the_next() {
         let memory = tempfile::NamedTempFile::new().unwrap();
@@ -701,7 +701,6 @@ mod tests {
             nix::sys::stat::fstat(kept).unwrap();
         }
     }
-
 
     #[test]
     fn without_a_log_there_is_nothing_to_configure() {

@@ -23,8 +23,9 @@ use arch::cpuid::{self, Topology};
 use arch::{layout, registers};
 use devices::GuestMemory;
 use devices::bus::Bus;
-use devices::legacy::power::{AcpiPower, I8042, PowerSwitch};
-use devices::legacy::serial::{SerialPort, SerialPortState};
+use devices::legacy::i8042::I8042;
+use devices::legacy::power::{AcpiPower, PowerSwitch};
+use devices::legacy::serial::SerialPort;
 use devices::rate_limiter::RateLimiter;
 use devices::virtio::balloon::{Balloon, BalloonOptions};
 use devices::virtio::block::{Block, BlockOptions, Disk, Engine};
@@ -70,7 +71,6 @@ pub struct Handed {
     pub pci: bool,
 }
 
-/// A machine whose processors run, or stand still.
 impl Handed {
     /// The same once more, on descriptors of its own: what a machine that cannot be made was given is
     /// there for the next one.
@@ -85,6 +85,7 @@ impl Handed {
     }
 }
 
+/// A machine whose processors run, or stand still.
 pub struct Running {
     vm: Arc<VmFd>,
     memory: GuestMemory,
@@ -107,6 +108,8 @@ pub struct Running {
     pub halt: Arc<HaltSwitch>,
     /// The serial port, for its input.
     pub serial: Option<Arc<Mutex<SerialPort>>>,
+    /// The keyboard.
+    pub keyboard: Arc<Mutex<I8042>>,
     /// Whether KVM records which pages the guest writes.
     tracks_dirty_pages: bool,
     /// Tells another process of faults in guest memory, as long as there is any.
@@ -159,7 +162,8 @@ pub fn boot(description: &ConfigFile, handed: Handed) -> Result<Running, StartEr
     // The kernel finds the rest when it is plugged in.
     let ram = memory::ram(&memory, &options)?;
     generation::write(&ram)?;
-    let kernel = load(&ram, source, &config, &parts)?;
+    let keyboard = description.console.as_ref().is_none_or(|console| console.keyboard);
+    let kernel = load(&ram, source, &config, &parts, keyboard)?;
     let supported = parts
         .kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -264,6 +268,7 @@ impl Running {
             pci: self.pci.as_ref().map(Pci::save),
             pmem: self.pmem.save(),
             serial: self.serial.as_ref().map(|serial| lock(serial).save()),
+            keyboard: Some(lock(&self.keyboard).save()),
         })
     }
 
@@ -321,6 +326,7 @@ struct Parts {
     pmem: PmemPlaces,
     root: Option<RootDevice>,
     serial: Option<Arc<Mutex<SerialPort>>>,
+    keyboard: Arc<Mutex<I8042>>,
     power: Arc<PowerSwitch>,
     halt: Arc<HaltSwitch>,
     generation: Generation,
@@ -346,8 +352,8 @@ impl Parts {
         let power = PowerSwitch::new().map_err(StartError::host("eventfd"))?;
         let halt = HaltSwitch::new().map_err(StartError::host("eventfd"))?;
         let mut manager = DeviceManager::default();
-        let serial = saved.and_then(|saved| saved.serial.as_ref());
-        let serial = add_legacy(&mut manager, description, &power, serial)?;
+        let keyboard = add_power_and_keyboard(&mut manager, &power, saved)?;
+        let serial = add_serial(&mut manager, description, saved)?;
         if let Some(since) = handed.boot_timer {
             manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(Some(since)))?;
         }
@@ -368,7 +374,19 @@ impl Parts {
         add_hotplug_memory(&mut manager, &mut devices, memory, description, &vm)?;
         let root = add_pmem(&mut manager, memory, description, files, &pmem)?.or(root);
         let generation = Generation::new(&mut manager)?;
-        Ok(Parts { kvm, vm, manager, devices, pmem, root, serial, power, halt, generation })
+        Ok(Parts {
+            kvm,
+            vm,
+            manager,
+            devices,
+            pmem,
+            root,
+            serial,
+            keyboard,
+            power,
+            halt,
+            generation,
+        })
     }
 
     /// Gives each processor a thread, on which it stands still.
@@ -406,6 +424,7 @@ impl Parts {
             power: self.power,
             halt: self.halt,
             serial: self.serial,
+            keyboard: self.keyboard,
             tracks_dirty_pages,
             _faults: None,
         })
@@ -420,16 +439,30 @@ fn open_kvm() -> Result<Kvm, StartError> {
     Ok(kvm)
 }
 
-fn add_legacy(
+fn add_power_and_keyboard(
     manager: &mut DeviceManager,
-    description: &ConfigFile,
     power: &Arc<PowerSwitch>,
-    state: Option<&SerialPortState>,
-) -> Result<Option<Arc<Mutex<SerialPort>>>, StartError> {
+    saved: Option<&MachineState>,
+) -> Result<Arc<Mutex<I8042>>, StartError> {
     let acpi = AcpiPower::new(power.clone(), acpi::SLEEP_TYPE_OFF, acpi::RESET_VALUE);
     manager.add_pio(layout::POWER_PORT, 3, Arc::new(Mutex::new(acpi)))?;
-    let keyboard = I8042::new(power.clone());
-    manager.add_pio(layout::I8042_PORT, 5, Arc::new(Mutex::new(keyboard)))?;
+    let failed = || StartError::device::<std::io::Error>("keyboard controller");
+    let mut keyboard = I8042::new(power.clone()).map_err(failed())?;
+    if let Some(state) = saved.and_then(|saved| saved.keyboard.as_ref()) {
+        keyboard.restore(state).map_err(StartError::device("keyboard controller"))?;
+    }
+    let interrupt = keyboard.interrupt_event().try_clone().map_err(failed())?;
+    manager.add_interrupt(interrupt, layout::KEYBOARD_GSI);
+    let keyboard = Arc::new(Mutex::new(keyboard));
+    manager.add_pio(layout::I8042_PORT, 5, keyboard.clone())?;
+    Ok(keyboard)
+}
+
+fn add_serial(
+    manager: &mut DeviceManager,
+    description: &ConfigFile,
+    saved: Option<&MachineState>,
+) -> Result<Option<Arc<Mutex<SerialPort>>>, StartError> {
     if !description.console.as_ref().is_none_or(|console| console.serial) {
         return Ok(None);
     }
@@ -443,7 +476,7 @@ fn add_legacy(
     };
     let limiter = limits::byte_limiter(config.rate_limiter.as_ref()).map_err(failed("serial"))?;
     let output = SerialOutput { output, limiter };
-    let serial = match state {
+    let serial = match saved.and_then(|saved| saved.serial.as_ref()) {
         Some(state) => SerialPort::restore(output, state),
         None => SerialPort::new(output),
     };
@@ -677,6 +710,7 @@ fn load(
     source: &BootSource,
     config: &MachineConfig,
     parts: &Parts,
+    keyboard: bool,
 ) -> Result<LoadedKernel, StartError> {
     let path = &source.kernel_image_path;
     let failed = |path: &Path| {
@@ -701,6 +735,7 @@ fn load(
         vcpus: config.vcpu_count,
         virtio: parts.manager.virtio.clone(),
         serial: parts.serial.is_some(),
+        keyboard,
         generation_id: Some(GenerationId {
             address: layout::GENERATION_ID,
             gsi: layout::GENERATION_GSI,
