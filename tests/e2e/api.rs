@@ -3,6 +3,7 @@
 
 mod keyboard;
 mod outputs;
+mod pages;
 
 use std::path::Path;
 
