@@ -1,5 +1,6 @@
 //! `vmrun-vmm --enable-pci`: virtio devices on a PCI bus, those that come and go, and snapshots.
 
+mod pmem;
 mod processors;
 
 use std::fs;
