@@ -46,10 +46,14 @@ pub fn tree(folder: &Path, script: &str) -> PathBuf {
         }
     }
     fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755)).unwrap();
-    let pack = "find . | cpio --quiet -o -H newc >../initrd";
-    let status = Command::new("sh").args(["-c", pack]).current_dir(&tree).status().unwrap();
-    assert!(status.success());
-    folder.join("initrd")
+    tree
+}
+
+/// Adds the guest's end of streams over vsock to a tree: `guest-stream PORT` sends back what it is
+/// sent at this port of the host, one stream after the other.
+pub fn add_stream(tree: &Path) {
+    let program = crate::images::assets().join("guest-stream");
+    fs::copy(program, tree.join("bin/guest-stream")).unwrap();
 }
 
 /// An ELF kernel: what `vmrun kernel import` made of whichever it was given.
