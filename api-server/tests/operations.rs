@@ -38,13 +38,7 @@ const OPERATIONS: [Operation; 38] = {
             "",
             "`app_name` is `vmrun`, `vmm_version` its version",
         ),
-        operation(
-            "createSyncAction",
-            Put,
-            "/actions",
-            r#"{"action_type": "InstanceStart"}"#,
-            "`SendCtrlAltDel` is refused: there is no keyboard",
-        ),
+        operation("createSyncAction", Put, "/actions", r#"{"action_type": "InstanceStart"}"#, ""),
         operation("describeBalloonConfig", Get, "/balloon", "", ""),
         operation(
             "putBalloon",

@@ -8,6 +8,7 @@
 //! ```text
 //!  V000…   virtio-mmio devices
 //!  COM1    the serial port
+//!  KBD_    the keyboard
 //!  MBRD    what is reserved: PCI's configuration space, which Linux does not use otherwise
 //!  PCI0    the PCI host bridge
 //!   S01_…    its slots, where there is hot-plug; _EJ0 gives one back
@@ -78,6 +79,8 @@ pub struct Platform {
     pub virtio: Vec<VirtioMmio>,
     /// Whether there is a serial port.
     pub serial: bool,
+    /// Whether to tell of the keyboard, which takes some kernels long to look at.
+    pub keyboard: bool,
     /// The PCI bus, if there is one.
     pub pci: Option<PciHost>,
     /// The generation ID, if there is one.
@@ -100,7 +103,7 @@ pub fn write(memory: &GuestMemory, platform: &Platform) -> Result<GuestAddress, 
     let start = layout::ACPI;
     let mut tables = Tables { bytes: vec![0; Rsdp::len().next_multiple_of(16)] };
     let dsdt = tables.add(&dsdt(platform));
-    let fadt = tables.add(&fadt(dsdt));
+    let fadt = tables.add(&fadt(dsdt, platform));
     let madt = tables.add(&madt(platform));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt);
@@ -140,7 +143,7 @@ fn power_register(offset: u16) -> GAS {
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address)
 }
 
-fn fadt(dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64, platform: &Platform) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt)
         .preferred_pm_profile(PmProfile::PerformanceServer)
@@ -153,11 +156,12 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.sleep_status_reg = power_register(1);
     fadt.reset_reg = power_register(2);
     fadt.reset_value = RESET_VALUE;
-    // No VGA, no CMOS clock and no keyboard controller to probe (ACPI 6.5, table 5.10).
-    const NO_8042: u16 = 0;
+    // No VGA and no CMOS clock to probe (ACPI 6.5, table 5.10).
+    const HAS_8042: u16 = 1 << 1;
     const VGA_NOT_PRESENT: u16 = 1 << 2;
     const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
-    fadt.iapc_boot_arch = (NO_8042 | VGA_NOT_PRESENT | CMOS_RTC_NOT_PRESENT).into();
+    let keyboard = if platform.keyboard { HAS_8042 } else { 0 };
+    fadt.iapc_boot_arch = (keyboard | VGA_NOT_PRESENT | CMOS_RTC_NOT_PRESENT).into();
     fadt.finalize()
 }
 
@@ -183,6 +187,9 @@ fn dsdt(platform: &Platform) -> Sdt {
     }
     if platform.serial {
         serial_port(&mut devices);
+    }
+    if platform.keyboard {
+        keyboard(&mut devices);
     }
     if let Some(pci) = &platform.pci {
         motherboard(pci, &mut devices);
@@ -256,6 +263,26 @@ fn serial_port(into: &mut Vec<u8>) {
                 &aml::ResourceTemplate::new(vec![
                     &aml::IO::new(port, port, 0, 8),
                     &aml::Interrupt::new(true, true, false, false, layout::SERIAL_GSI),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(into);
+}
+
+/// The keyboard behind the keyboard controller. There is no mouse, and so none is looked for.
+fn keyboard(into: &mut Vec<u8>) {
+    let (data, command) = (layout::I8042_PORT, layout::I8042_PORT + 4);
+    aml::Device::new(
+        "KBD_".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0303")),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![
+                    &aml::IO::new(data, data, 0, 1),
+                    &aml::IO::new(command, command, 0, 1),
+                    &aml::Interrupt::new(true, true, false, false, layout::KEYBOARD_GSI),
                 ]),
             ),
         ],
@@ -467,6 +494,21 @@ mod tests {
         let count = dsdt.windows(8).filter(|window| window == b"LNRO0005").count();
         assert_eq!((&dsdt[..4], count), (b"DSDT".as_slice(), 19));
         assert!(!dsdt.windows(8).any(|window| window == b"ACPI0013"));
+    }
+
+    #[test]
+    fn the_keyboard_is_told_of_where_it_is_wanted() {
+        for keyboard in [false, true] {
+            let platform = Platform { vcpus: 1, keyboard, ..Platform::default() };
+            let bytes = tables(&platform);
+            let fadt = bytes.windows(4).position(|window| window == b"FACP").unwrap();
+            assert_eq!(bytes[fadt + 109] & 2 != 0, keyboard);
+            // PNP0303 as an EISA id.
+            let id = [0x41, 0xd0, 0x03, 0x03];
+            assert_eq!(bytes.windows(4).any(|window| window == id), keyboard);
+            let Some(text) = disassembly(&platform) else { continue };
+            assert_eq!(text.contains("Device (KBD)"), keyboard, "{text}");
+        }
     }
 
     fn with_pci() -> Platform {

@@ -92,6 +92,8 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 /// One page more of the same kind (KVM API, `KVM_SET_IDENTITY_MAP_ADDR`).
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 
+/// Interrupt of the keyboard controller.
+pub const KEYBOARD_GSI: u32 = 1;
 /// Interrupt of the serial port.
 pub const SERIAL_GSI: u32 = 4;
 /// First interrupt for virtio devices. Those below are the PC's own.
@@ -107,7 +109,7 @@ pub const LAST_PIN: u32 = 23;
 
 /// The serial port's eight registers.
 pub const SERIAL_PORT: u16 = 0x3f8;
-/// The keyboard controller's command port, which only resets here.
+/// The keyboard controller's data port; that of commands and status is four above it.
 pub const I8042_PORT: u16 = 0x60;
 /// ACPI's sleep control, sleep status and reset register, a byte each.
 pub const POWER_PORT: u16 = 0x600;

@@ -1,5 +1,8 @@
 //! `vmrun-vmm --enable-pci`: virtio devices on a PCI bus, those that come and go, and snapshots.
 
+mod pmem;
+mod processors;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -80,8 +83,12 @@ impl Machine {
 
     /// Kernel, memory and first program.
     fn describe(&self) {
-        let initrd = guest::initramfs(self.folder.path(), INIT);
-        self.put("/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 256 }));
+        self.describe_with(INIT, 1);
+    }
+
+    fn describe_with(&self, init: &str, vcpus: u32) {
+        let initrd = guest::initramfs(self.folder.path(), init);
+        self.put("/machine-config", &json!({ "vcpu_count": vcpus, "mem_size_mib": 256 }));
         self.put(
             "/boot-source",
             &json!({

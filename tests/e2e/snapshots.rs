@@ -1,5 +1,7 @@
 //! Machines that are put into files and taken out again, under load.
 
+mod stream;
+
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -10,9 +12,12 @@ use e2e::api::Vmm;
 use e2e::guest::{self, Tap};
 use serde_json::{Value, json};
 
+use stream::Streams;
+
 /// Copies what it made itself to a disk and compares it, again and again, and keeps a timer.
 const LOAD: &str = r#"$b mount -t tmpfs tmpfs /tmp
 $b ifconfig eth0 10.78.0.2 netmask 255.255.255.0
+[ -x /bin/guest-stream ] && guest-stream 5000 &
 (
   i=0
   while :; do
@@ -49,6 +54,14 @@ impl Files {
     fn new(init: &str) -> Files {
         let folder = tempfile::tempdir().unwrap();
         guest::initramfs(folder.path(), init);
+        Files { folder }
+    }
+
+    /// With the guest's end of streams over vsock.
+    fn with_streams(init: &str) -> Files {
+        let folder = tempfile::tempdir().unwrap();
+        guest::add_stream(&guest::tree(folder.path(), init));
+        guest::pack(folder.path());
         Files { folder }
     }
 
@@ -133,11 +146,12 @@ fn goes_on(vmm: &Vmm, word: &str, from: u64) -> u64 {
     }
 }
 
-/// Copies with checksums, a flood of pings and a timer, through fifty snapshots, every other one a
-/// difference laid over what there was, each loaded by another process.
+/// Copies with checksums, a flood of pings, a stream over vsock and a timer, through fifty snapshots,
+/// every other one a difference laid over what there was, each loaded by another process.
 #[test]
 fn fifty_rounds_under_load() {
-    let files = Files::new(LOAD);
+    let files = Files::with_streams(LOAD);
+    let mut streams = Streams::new(&files.path("vsock"));
     File::create(files.path("disk")).unwrap().set_len(8 << 20).unwrap();
     let tap = Tap::new("snap0", Some("10.78.0.1/24"));
     let mut vmm = files.boot(
@@ -157,6 +171,7 @@ fn fifty_rounds_under_load() {
                 }),
             ),
             ("/entropy", json!({})),
+            ("/vsock", json!({ "guest_cid": 3, "uds_path": files.path("vsock") })),
         ],
     );
     let (mut ticks, mut copies) = (goes_on(&vmm, "tick", 0), goes_on(&vmm, "copy", 0));
@@ -167,12 +182,22 @@ fn fifty_rounds_under_load() {
         .unwrap();
     for round in 1..=50 {
         let kind = if round % 2 == 1 { "Full" } else { "Diff" };
+        streams.flow();
         files.save(&vmm, "state", "memory", kind);
         let said = end(vmm);
+        let arrived = streams.ended();
+        // A monitor leaves its socket behind.
+        fs::remove_file(files.path("vsock")).unwrap();
         assert!(!said.contains("DIFFERENT"), "round {round}: {said}");
         (ticks, copies) = (ticks.max(last(&said, "tick")), copies.max(last(&said, "copy")));
         vmm = files.start(round);
         files.load(&vmm, "state", "memory");
+        // The guest hears that its end is gone, and not before it had sent back what arrived.
+        let word = format!("stream {round}: sent back");
+        vmm.process.wait_for(&word);
+        vmm.process.wait_for(&format!("stream {}: open", round + 1));
+        let sent = last(&vmm.process.stdout(), &word);
+        assert!(sent >= arrived, "round {round}: {sent} bytes sent, {arrived} arrived");
         ticks = goes_on(&vmm, "tick", ticks);
         if round % 5 == 0 {
             copies = goes_on(&vmm, "copy", copies);

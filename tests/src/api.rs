@@ -39,6 +39,13 @@ impl Vmm {
 
     /// What the API answers to a request; an empty body is none.
     pub fn ask(&self, method: &str, path: &str, body: &str) -> Answer {
+        let (code, text) = self.ask_text(method, path, body);
+        let body = if text.is_empty() { Value::Null } else { serde_json::from_str(&text).unwrap() };
+        (code, body)
+    }
+
+    /// The same, where the answer is not JSON.
+    pub fn ask_text(&self, method: &str, path: &str, body: &str) -> (u16, String) {
         let mut curl = Command::new("curl");
         curl.args(["--silent", "--show-error", "--max-time", "100", "--unix-socket"])
             .arg(&self.socket)
@@ -52,8 +59,7 @@ impl Vmm {
         let (body, code) = text.rsplit_once('\n').unwrap_or_else(|| {
             panic!("{method} {path}: {}", String::from_utf8_lossy(&output.stderr))
         });
-        let body = if body.is_empty() { Value::Null } else { serde_json::from_str(body).unwrap() };
-        (code.parse().unwrap(), body)
+        (code.parse().unwrap(), body.to_owned())
     }
 
     /// Asks for what must be done.

@@ -17,8 +17,26 @@ for module in $($b cat /modules/load 2>/dev/null); do $b insmod /modules/$module
 /// An initramfs with busybox and the kernel's modules, whose first program is this script. In it
 /// `$b` is busybox.
 pub fn initramfs(folder: &Path, script: &str) -> PathBuf {
+    tree(folder, script);
+    pack(folder)
+}
+
+/// The initramfs of the tree in this folder.
+pub fn pack(folder: &Path) -> PathBuf {
     let tree = folder.join("tree");
-    fs::create_dir_all(tree.join("bin")).unwrap();
+    let pack = "find . | cpio --quiet -o -H newc >../initrd";
+    let status = Command::new("sh").args(["-c", pack]).current_dir(&tree).status().unwrap();
+    assert!(status.success());
+    folder.join("initrd")
+}
+
+/// The same as a folder of files, to be added to and made into a file system.
+pub fn tree(folder: &Path, script: &str) -> PathBuf {
+    let tree = folder.join("tree");
+    // What an initramfs makes itself a file system that is never written must have.
+    for place in ["bin", "proc", "sys", "dev", "tmp", "mnt"] {
+        fs::create_dir_all(tree.join(place)).unwrap();
+    }
     fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
     fs::write(tree.join("init"), format!("{BEGIN}{script}")).unwrap();
     if let Ok(modules) = fs::read_dir(kernel().with_file_name("modules")) {
@@ -28,10 +46,14 @@ pub fn initramfs(folder: &Path, script: &str) -> PathBuf {
         }
     }
     fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755)).unwrap();
-    let pack = "find . | cpio --quiet -o -H newc >../initrd";
-    let status = Command::new("sh").args(["-c", pack]).current_dir(&tree).status().unwrap();
-    assert!(status.success());
-    folder.join("initrd")
+    tree
+}
+
+/// Adds the guest's end of streams over vsock to a tree: `guest-stream PORT` sends back what it is
+/// sent at this port of the host, one stream after the other.
+pub fn add_stream(tree: &Path) {
+    let program = crate::images::assets().join("guest-stream");
+    fs::copy(program, tree.join("bin/guest-stream")).unwrap();
 }
 
 /// An ELF kernel: what `vmrun kernel import` made of whichever it was given.

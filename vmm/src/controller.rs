@@ -149,14 +149,14 @@ impl Controller {
         }
     }
 
-    /// What the machine gets from outside its description.
+    /// What the machine gets from outside its description. It is kept until there is one.
     fn hand_over(&mut self, metadata: Option<&MmdsConfig>) -> Result<Handed, MachineError> {
         if let Some(config) = metadata {
             let service = self.metadata()?;
             lock(&service).configure(metadata::state(config)).map_err(refused)?;
             self.handed.metadata = Some(service);
         }
-        Ok(std::mem::take(&mut self.handed))
+        self.handed.try_clone().map_err(|error| refused(format!("a TAP handed in: {error}")))
     }
 
     fn machine_config(&self) -> MachineConfig {
@@ -264,6 +264,7 @@ impl Controller {
     }
 
     fn started(&mut self, running: Running, paused: bool) {
+        self.handed = Handed::default();
         self.running = Some(running);
         (self.paused, self.fresh) = (paused, true);
     }
@@ -592,10 +593,9 @@ impl Machine for Controller {
                 self.create(&create)?;
             }
             MachineRequest::SendCtrlAltDel => {
-                self.running()?;
-                return Err(MachineError::new(
-                    "SendCtrlAltDel: the machine has no keyboard; ask a program in the guest",
-                ));
+                lock(&self.running()?.keyboard)
+                    .press_ctrl_alt_del()
+                    .map_err(|error| refused(format!("SendCtrlAltDel: {error}")))?;
             }
             MachineRequest::PutLogger(config) => {
                 let missing = || MachineError::new("There is no log to be configured.");
@@ -670,6 +670,32 @@ mod tests {
         assert_eq!(machine.description.metrics, Some(config));
         machine.write_metrics();
         assert_eq!(std::fs::read_to_string(file.path()).unwrap().lines().count(), 1);
+    }
+
+    #[test]
+    fn a_load_that_fails_leaves_what_was_handed_in_for_the_next() {
+        let memory = tempfile::NamedTempFile::new().unwrap();
+        let state: MachineState =
+            file::decode(include_bytes!("../tests/data/state-v1")).unwrap_or_else(|_| panic!());
+        let options = machine::memory_options(&state.description);
+        memory.as_file().set_len(options.bytes().unwrap() + options.hotplug).unwrap();
+        let tap = tempfile::tempfile().unwrap();
+        let taps = [("net".to_owned(), tap.into())].into();
+        let handed = Handed { taps, ..Handed::default() };
+        let mut machine = Controller::new("test".to_owned(), handed, 1 << 16);
+        let load = MachineRequest::LoadSnapshot(
+            serde_json::from_value(json!({
+                "snapshot_path": concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/state-v1"),
+                "mem_file_path": memory.path(),
+            }))
+            .unwrap(),
+        );
+        for _ in 0..2 {
+            // No TAP is behind the descriptor.
+            machine.handle(load.clone()).unwrap_err();
+            let kept = machine.handed.taps.get("net").unwrap();
+            nix::sys::stat::fstat(kept).unwrap();
+        }
     }
 
     #[test]

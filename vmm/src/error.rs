@@ -1,6 +1,6 @@
 //! Why a machine could not be started.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// One line for a user: what failed, on what.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +93,13 @@ impl StartError {
 
     pub(crate) fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
         move |error| StartError::Host { what, error }
+    }
+
+    pub(crate) fn open(
+        what: &'static str,
+        path: &Path,
+    ) -> impl FnOnce(std::io::Error) -> StartError {
+        move |error| StartError::Open { what, path: path.to_owned(), error }
     }
 
     pub(crate) fn device<E: ToString>(device: impl Into<String>) -> impl FnOnce(E) -> StartError {

@@ -25,8 +25,9 @@ use arch::{layout, registers};
 use devices::GuestMemory;
 use devices::bus::Bus;
 use devices::host_file::{self, Access};
-use devices::legacy::power::{AcpiPower, I8042, PowerSwitch};
-use devices::legacy::serial::{SerialPort, SerialPortState};
+use devices::legacy::i8042::I8042;
+use devices::legacy::power::{AcpiPower, PowerSwitch};
+use devices::legacy::serial::SerialPort;
 use devices::rate_limiter::RateLimiter;
 use devices::virtio::balloon::{Balloon, BalloonOptions};
 use devices::virtio::block::{Block, BlockOptions, Disk, Engine};
@@ -76,6 +77,22 @@ pub struct Handed {
     pub pci: bool,
 }
 
+impl Handed {
+    /// The same once more, on descriptors of its own: what a machine that cannot be made was given is
+    /// there for the next one.
+    pub fn try_clone(&self) -> std::io::Result<Handed> {
+        let taps = self.taps.iter().map(|(id, tap)| Ok((id.clone(), tap.try_clone()?)));
+        Ok(Handed {
+            kvm: self.kvm.as_ref().map(OwnedFd::try_clone).transpose()?,
+            taps: taps.collect::<std::io::Result<_>>()?,
+            vsock: self.vsock.as_ref().map(UnixListener::try_clone).transpose()?,
+            boot_timer: self.boot_timer,
+            metadata: self.metadata.clone(),
+            pci: self.pci,
+        })
+    }
+}
+
 /// A machine whose processors run, or stand still.
 pub struct Running {
     vm: Arc<VmFd>,
@@ -99,6 +116,8 @@ pub struct Running {
     pub halt: Arc<HaltSwitch>,
     /// The serial port, for its input.
     pub serial: Option<Arc<Mutex<SerialPort>>>,
+    /// The keyboard.
+    pub keyboard: Arc<Mutex<I8042>>,
     /// Whether KVM records which pages the guest writes.
     tracks_dirty_pages: bool,
     /// Tells another process of faults in guest memory, as long as there is any.
@@ -151,7 +170,8 @@ pub fn boot(description: &ConfigFile, handed: Handed) -> Result<Running, StartEr
     // The kernel finds the rest when it is plugged in.
     let ram = memory::ram(&memory, &options)?;
     generation::write(&ram)?;
-    let kernel = load(&ram, source, &config, &parts)?;
+    let keyboard = description.console.as_ref().is_none_or(|console| console.keyboard);
+    let kernel = load(&ram, source, &config, &parts, keyboard)?;
     let supported = parts
         .kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -256,6 +276,7 @@ impl Running {
             pci: self.pci.as_ref().map(Pci::save),
             pmem: self.pmem.save(),
             serial: self.serial.as_ref().map(|serial| lock(serial).save()),
+            keyboard: Some(lock(&self.keyboard).save()),
         })
     }
 
@@ -313,6 +334,7 @@ struct Parts {
     pmem: PmemPlaces,
     root: Option<RootDevice>,
     serial: Option<Arc<Mutex<SerialPort>>>,
+    keyboard: Arc<Mutex<I8042>>,
     power: Arc<PowerSwitch>,
     halt: Arc<HaltSwitch>,
     generation: Generation,
@@ -338,8 +360,8 @@ impl Parts {
         let power = PowerSwitch::new().map_err(StartError::host("eventfd"))?;
         let halt = HaltSwitch::new().map_err(StartError::host("eventfd"))?;
         let mut manager = DeviceManager::default();
-        let serial = saved.and_then(|saved| saved.serial.as_ref());
-        let serial = add_legacy(&mut manager, description, &power, serial)?;
+        let keyboard = add_power_and_keyboard(&mut manager, &power, saved)?;
+        let serial = add_serial(&mut manager, description, saved)?;
         if let Some(since) = handed.boot_timer {
             manager.add_mmio(layout::BOOT_TIMER, 1, BootTimer(Some(since)))?;
         }
@@ -360,7 +382,19 @@ impl Parts {
         add_hotplug_memory(&mut manager, &mut devices, memory, description, &vm)?;
         let root = add_pmem(&mut manager, memory, description, files, &pmem)?.or(root);
         let generation = Generation::new(&mut manager)?;
-        Ok(Parts { kvm, vm, manager, devices, pmem, root, serial, power, halt, generation })
+        Ok(Parts {
+            kvm,
+            vm,
+            manager,
+            devices,
+            pmem,
+            root,
+            serial,
+            keyboard,
+            power,
+            halt,
+            generation,
+        })
     }
 
     /// Gives each processor a thread, on which it stands still.
@@ -398,6 +432,7 @@ impl Parts {
             power: self.power,
             halt: self.halt,
             serial: self.serial,
+            keyboard: self.keyboard,
             tracks_dirty_pages,
             _faults: None,
         })
@@ -417,28 +452,44 @@ fn open_kvm(handed: Option<OwnedFd>) -> Result<Kvm, StartError> {
     Ok(kvm)
 }
 
-fn add_legacy(
+fn add_power_and_keyboard(
     manager: &mut DeviceManager,
-    description: &ConfigFile,
     power: &Arc<PowerSwitch>,
-    state: Option<&SerialPortState>,
-) -> Result<Option<Arc<Mutex<SerialPort>>>, StartError> {
+    saved: Option<&MachineState>,
+) -> Result<Arc<Mutex<I8042>>, StartError> {
     let acpi = AcpiPower::new(power.clone(), acpi::SLEEP_TYPE_OFF, acpi::RESET_VALUE);
     manager.add_pio(layout::POWER_PORT, 3, Arc::new(Mutex::new(acpi)))?;
-    let keyboard = I8042::new(power.clone());
-    manager.add_pio(layout::I8042_PORT, 5, Arc::new(Mutex::new(keyboard)))?;
+    let failed = || StartError::device::<std::io::Error>("keyboard controller");
+    let mut keyboard = I8042::new(power.clone()).map_err(failed())?;
+    if let Some(state) = saved.and_then(|saved| saved.keyboard.as_ref()) {
+        keyboard.restore(state).map_err(StartError::device("keyboard controller"))?;
+    }
+    let interrupt = keyboard.interrupt_event().try_clone().map_err(failed())?;
+    manager.add_interrupt(interrupt, layout::KEYBOARD_GSI);
+    let keyboard = Arc::new(Mutex::new(keyboard));
+    manager.add_pio(layout::I8042_PORT, 5, keyboard.clone())?;
+    Ok(keyboard)
+}
+
+fn add_serial(
+    manager: &mut DeviceManager,
+    description: &ConfigFile,
+    saved: Option<&MachineState>,
+) -> Result<Option<Arc<Mutex<SerialPort>>>, StartError> {
     if !description.console.as_ref().is_none_or(|console| console.serial) {
         return Ok(None);
     }
     let failed = StartError::device::<std::io::Error>;
     let config = description.serial.clone().unwrap_or_default();
     let output: Box<dyn Write + Send> = match &config.serial_out_path {
-        Some(path) => Box::new(append_to("serial output", path)?),
+        Some(path) => {
+            Box::new(output_file::open(path).map_err(StartError::open("serial output", path))?)
+        }
         None => Box::new(std::io::stdout()),
     };
     let limiter = limits::byte_limiter(config.rate_limiter.as_ref()).map_err(failed("serial"))?;
     let output = SerialOutput { output, limiter };
-    let serial = match state {
+    let serial = match saved.and_then(|saved| saved.serial.as_ref()) {
         Some(state) => SerialPort::restore(output, state),
         None => SerialPort::new(output),
     };
@@ -514,7 +565,7 @@ fn add_virtio(
     if let Some(path) =
         description.console.as_ref().and_then(|console| console.output_path.as_ref())
     {
-        let output = append_to("console output", path)?;
+        let output = output_file::open(path).map_err(StartError::open("console output", path))?;
         let console = devices::virtio::console::Console::new(Box::new(output), CONSOLE_LIMIT)
             .map_err(StartError::device("console"))?;
         manager.add_virtio(memory, "console", console)?;
@@ -653,16 +704,12 @@ fn check_sharing(drives: &[Drive]) -> Result<(), StartError> {
     Ok(())
 }
 
-fn append_to(what: &'static str, path: &Path) -> Result<File, StartError> {
-    output_file::open(path).map_err(|error| StartError::Open { what, path: path.to_owned(), error })
-}
-
 fn open(what: &'static str, path: &Path) -> Result<File, StartError> {
-    let failed = |error| StartError::Open { what, path: path.to_owned(), error };
+    let failed = || StartError::open(what, path);
     let file =
-        host_file::open_with(path, Access::Read, File::options().read(true)).map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(failed(std::io::Error::new(
+        host_file::open_with(path, Access::Read, File::options().read(true)).map_err(failed())?;
+    if !file.metadata().map_err(failed())?.is_file() {
+        return Err(failed()(std::io::Error::new(
             std::io::ErrorKind::InvalidInput,
             "not a regular file",
         )));
@@ -675,6 +722,7 @@ fn load(
     source: &BootSource,
     config: &MachineConfig,
     parts: &Parts,
+    keyboard: bool,
 ) -> Result<LoadedKernel, StartError> {
     let path = &source.kernel_image_path;
     let failed = |path: &Path| {
@@ -699,6 +747,7 @@ fn load(
         vcpus: config.vcpu_count,
         virtio: parts.manager.virtio.clone(),
         serial: parts.serial.is_some(),
+        keyboard,
         generation_id: Some(GenerationId {
             address: layout::GENERATION_ID,
             gsi: layout::GENERATION_GSI,

@@ -1,7 +1,7 @@
 //! `cargo xtask build`: one folder with the three programs, each statically linked.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -26,17 +26,22 @@ pub fn build() -> Result<()> {
         ("init", "guest", "vmrun-init"),
     ];
     for (profile, package, program) in programs {
-        // Naming the target keeps the flag away from build scripts and procedural macros.
-        run(cargo()
-            .args(["build", "--profile", profile, "--target", TRIPLE, "-p", package])
-            .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", STATIC))?;
-        place(&target().join(TRIPLE).join(profile).join(program), &folder.join(program))?;
+        build_static(profile, package, program, &folder)?;
     }
     if let Some(vmlinux) = kernel::cached(false)? {
         place(&vmlinux, &folder.join("vmlinux"))?;
     }
     eprintln!("xtask: built into {}", folder.strip_prefix(root()).unwrap_or(&folder).display());
     Ok(())
+}
+
+/// Builds a program that needs no libraries into a folder.
+pub fn build_static(profile: &str, package: &str, program: &str, folder: &Path) -> Result<()> {
+    // Naming the target keeps the flag away from build scripts and procedural macros.
+    run(cargo()
+        .args(["build", "--profile", profile, "--target", TRIPLE, "-p", package, "--bin", program])
+        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", STATIC))?;
+    place(&target().join(TRIPLE).join(profile).join(program), &folder.join(program))
 }
 
 /// Copies a file so that a reader sees the old one or the new one, whole.

@@ -110,6 +110,7 @@ fn step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 fn prepare() -> Result<PathBuf> {
     let folder = target().join("e2e/assets");
     fs::create_dir_all(&folder)?;
+    build::build_static("release", "e2e", "guest-stream", &folder)?;
     run(cargo()
         .args(["run", "--quiet", "-p", "e2e", "--bin", "prepare", "--"])
         .arg("--vmrun")

@@ -338,11 +338,14 @@ pub struct Console {
     /// Whether there is a serial port (`ttyS0`), on standard input and output.
     #[serde(default = "yes")]
     pub serial: bool,
+    /// Whether the guest is told of its keyboard, which `SendCtrlAltDel` presses keys of.
+    #[serde(default = "yes")]
+    pub keyboard: bool,
 }
 
 impl Default for Console {
     fn default() -> Self {
-        Console { output_path: None, serial: true }
+        Console { output_path: None, serial: true, keyboard: true }
     }
 }
 

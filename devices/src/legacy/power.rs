@@ -1,10 +1,9 @@
-//! Ways for a guest to end: ACPI's sleep and reset registers, and the keyboard controller's reset.
+//! Ways for a guest to end: ACPI's sleep and reset registers, and what other devices ask for.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use telemetry::Readings;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
@@ -45,7 +44,8 @@ impl PowerSwitch {
         }
     }
 
-    fn ask(&self, request: PowerRequest) {
+    /// Leaves a request, if it is the first one.
+    pub(super) fn ask(&self, request: PowerRequest) {
         let value = match request {
             PowerRequest::Off => 1,
             PowerRequest::Reset => 2,
@@ -92,57 +92,6 @@ impl BusDevice for AcpiPower {
     }
 }
 
-telemetry::metrics! {
-    /// What was done with the keyboard controller.
-    pub struct I8042Metrics("i8042", Counter) {
-        /// Reads of its registers.
-        read_count,
-        /// Writes to its registers.
-        write_count,
-        /// Writes that mean nothing to it.
-        missed_write_count,
-        /// Resets asked for.
-        reset_count,
-    }
-}
-
-/// The keyboard controller, of which only the reset command is there.
-pub struct I8042 {
-    switch: Arc<PowerSwitch>,
-    metrics: I8042Metrics,
-}
-
-impl I8042 {
-    /// A controller that resets by this switch.
-    pub fn new(switch: Arc<PowerSwitch>) -> I8042 {
-        I8042 { switch, metrics: I8042Metrics::default() }
-    }
-}
-
-impl BusDevice for I8042 {
-    fn read(&mut self, _offset: u64, data: &mut [u8]) {
-        // No byte waits, and none is being taken.
-        data.fill(0);
-        self.metrics.read_count += 1;
-    }
-
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        const COMMAND: u64 = 4;
-        const PULSE_RESET: u8 = 0xfe;
-        self.metrics.write_count += 1;
-        if offset == COMMAND && data == [PULSE_RESET] {
-            self.metrics.reset_count += 1;
-            self.switch.ask(PowerRequest::Reset);
-        } else {
-            self.metrics.missed_write_count += 1;
-        }
-    }
-
-    fn metrics(&self) -> Option<Readings> {
-        Some(self.metrics.readings())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,14 +101,10 @@ mod tests {
     fn hostile_14_only_the_right_value_ends_the_guest() {
         let switch = PowerSwitch::new().unwrap();
         let mut power = AcpiPower::new(switch.clone(), 5, 1);
-        let mut keyboard = I8042::new(switch.clone());
         for value in 0..=255u8 {
             for offset in 0..5 {
                 if (offset, value) != (2, 1) && !(offset == 0 && value & 0x3c == 0x34) {
                     power.write(offset, &[value]);
-                }
-                if (offset, value) != (4, 0xfe) {
-                    keyboard.write(offset, &[value]);
                 }
             }
         }
@@ -169,12 +114,5 @@ mod tests {
         power.write(2, &[1]);
         assert_eq!(switch.request(), Some(PowerRequest::Off));
         assert_eq!(switch.event().read().unwrap(), 1);
-    }
-
-    #[test]
-    fn the_keyboard_controller_resets() {
-        let switch = PowerSwitch::new().unwrap();
-        I8042::new(switch.clone()).write(4, &[0xfe]);
-        assert_eq!(switch.request(), Some(PowerRequest::Reset));
     }
 }

@@ -1,5 +1,8 @@
 //! Files of a machine's state, which may be damaged, or made by somebody.
 
+use devices::bus::BusDevice;
+use devices::legacy::i8042::{I8042, I8042State};
+use devices::legacy::power::PowerSwitch;
 use devices::virtio::DeviceState;
 use vmm::snapshot::file::decode;
 use vmm::snapshot::{MachineState, SavedDevice, SavedRegisters};
@@ -13,6 +16,9 @@ pub fn snapshot_state(input: &[u8]) {
     let payload = rmp_serde::to_vec_named(&state).unwrap();
     let again: MachineState = decode(&with_header(&payload)).expect("what was written is read");
     assert!(rmp_serde::to_vec_named(&again).unwrap() == payload);
+    if let Some(state) = &state.keyboard {
+        keyboard(state);
+    }
     for SavedDevice { registers, device, .. } in state.devices.into_iter().take(8) {
         let kind = match &device {
             DeviceState::Block(_) => Kind::Block,
@@ -36,6 +42,27 @@ pub fn snapshot_state(input: &[u8]) {
         }
         rig.check_reset();
     }
+}
+
+/// A keyboard controller of this state comes to its end of words, and has keys to be pressed or not.
+fn keyboard(state: &I8042State) {
+    let mut keyboard = I8042::new(PowerSwitch::new().unwrap()).unwrap();
+    if keyboard.restore(state).is_err() {
+        return;
+    }
+    assert_eq!(&keyboard.save(), state);
+    let _ = keyboard.press_ctrl_alt_del();
+    let mut byte = [0];
+    for _ in 0..16 {
+        keyboard.read(0, &mut byte);
+        keyboard.write(0, &byte);
+        keyboard.write(4, &byte);
+    }
+    for _ in 0..16 {
+        keyboard.read(0, &mut byte);
+    }
+    keyboard.read(4, &mut byte);
+    assert!(byte[0] & 1 == 0, "more words than a keyboard controller holds");
 }
 
 /// A file with this payload.
@@ -86,6 +113,11 @@ mod tests {
             let registers = SavedRegisters::Mmio(rig.transport.save());
             SavedDevice { name: name.to_owned(), device_type, registers, device }
         });
+        let mut keyboard = I8042::new(PowerSwitch::new().unwrap()).unwrap();
+        // The command byte: interrupts, and keys as the first PCs had them.
+        keyboard.write(4, &[0x60]);
+        keyboard.write(0, &[0x45]);
+        keyboard.press_ctrl_alt_del().unwrap();
         let description = r#"{"boot-source": {"kernel_image_path": "k"}}"#;
         let state = MachineState {
             description: ConfigFile::parse(description.as_bytes()).unwrap(),
@@ -95,6 +127,7 @@ mod tests {
             pci: None,
             pmem: Vec::new(),
             serial: None,
+            keyboard: Some(keyboard.save()),
         };
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../seeds/snapshot_state");
         std::fs::write(folder.join("all"), rmp_serde::to_vec_named(&state).unwrap()).unwrap();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use devices::legacy::power::I8042Metrics;
+use devices::legacy::i8042::I8042Metrics;
 use devices::legacy::serial::SerialMetrics;
 use devices::virtio::balloon::BalloonMetrics;
 use devices::virtio::block::BlockMetrics;

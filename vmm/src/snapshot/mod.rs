@@ -9,6 +9,7 @@ pub(crate) mod userfault;
 mod vcpu_state;
 
 use api_server::machine::config_file::ConfigFile;
+use devices::legacy::i8042::I8042State;
 use devices::legacy::serial::SerialPortState;
 use devices::virtio::DeviceState;
 use devices::virtio::negotiation::NegotiationState;
@@ -43,6 +44,9 @@ pub struct MachineState {
     pub pmem: Vec<PmemPlace>,
     /// Its serial port.
     pub serial: Option<SerialPortState>,
+    /// Its keyboard; machines saved by older monitors had none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keyboard: Option<I8042State>,
 }
 
 /// A virtio device.

@@ -111,7 +111,9 @@ impl Monitor {
         });
         if let Monitor::Vmrun(_) = self {
             // As the engine has it.
-            config["console"] = json!({ "serial": false, "output_path": work.join("console.log") });
+            config["console"] = json!({
+                "serial": false, "keyboard": false, "output_path": work.join("console.log"),
+            });
         }
         let file = work.join("vm.json");
         fs::write(&file, config.to_string())?;
