@@ -17,6 +17,9 @@ pub struct Options {
     /// Keep all state below this folder
     #[arg(long, global = true, env = "VMRUN_ROOT", value_name = "DIR")]
     pub root: Option<PathBuf>,
+    /// Which images are accepted, and who must have signed them: a policy.json of containers(5)
+    #[arg(long, global = true, env = "VMRUN_SIGNATURE_POLICY", value_name = "FILE")]
+    pub signature_policy: Option<PathBuf>,
     /// Log what vmrun does to standard error
     #[arg(short = 'D', long, global = true)]
     pub debug: bool,
