@@ -59,6 +59,9 @@ pub enum Command {
         /// How to print
         #[arg(long, default_value = "table")]
         format: Format,
+        /// Go through the checklist of a host on which strangers' machines run, instead
+        #[arg(long)]
+        production: bool,
     },
     /// Print a script that completes commands in a shell
     Completion {

@@ -75,7 +75,9 @@ fn dispatch(options: Options) -> Result<u8, Failure> {
         }
         Command::Ps(arguments) => container::ps(&paths()?, &arguments).map(|()| 0),
         Command::Rm { containers } => container::rm(&paths()?, &containers).map(|()| 0),
-        Command::Doctor { format } => doctor::doctor(options.root.as_deref(), format),
+        Command::Doctor { format, production } => {
+            doctor::doctor(options.root.as_deref(), format, production)
+        }
         Command::Completion { shell } => {
             command::completion(shell);
             Ok(0)
