@@ -8,7 +8,8 @@ use anyhow::{Context, Result};
 use crate::command::{cargo, root, run, target};
 use crate::kernel;
 
-const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+/// The platform that programs are built for.
+pub const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 const STATIC: &str = "-C target-feature=+crt-static";
 
 /// Where the programs are after a build.
