@@ -504,8 +504,9 @@ fn first_word(arguments: &[OsString]) -> Option<usize> {
         match arguments.get(at)?.to_str().unwrap_or_default() {
             "-h" | "--help" | "-V" | "--version" => return None,
             "-D" | "--debug" => at += 1,
-            "--root" => at += 2,
+            "--root" | "--signature-policy" => at += 2,
             word if word.starts_with("--root=") => at += 1,
+            word if word.starts_with("--signature-policy=") => at += 1,
             _ => return Some(at),
         }
     }
@@ -544,6 +545,8 @@ mod tests {
             "vmrun alpine echo -n x",
             "vmrun run alpine echo -n x",
             "vmrun --root /r alpine echo -n x",
+            "vmrun --signature-policy p --root=/r alpine echo -n x",
+            "vmrun --signature-policy=p alpine echo -n x",
         ] {
             let run = run(line);
             assert_eq!(run.image.as_deref(), Some("alpine"));
