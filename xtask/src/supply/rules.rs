@@ -110,7 +110,7 @@ impl Deny {
             ));
         }
         for package in &crates {
-            // Of ours, and of the registry: that takes none.
+            // The registry takes no crates that have them.
             wrong.extend(package.wildcards.iter().filter(|_| package.source.is_none()).map(
                 |dependency| format!("{} depends on any version of {dependency}", package.name),
             ));
