@@ -1,5 +1,7 @@
 //! What a host has and lacks for running machines.
 
+pub mod production;
+
 use std::fs::{self, OpenOptions};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -17,9 +19,9 @@ use crate::{programs, run};
 pub enum Verdict {
     /// All is well.
     Good,
-    /// Machines run, without something.
+    /// Machines run, without something; or not as well kept apart as they could be.
     Limited,
-    /// No machine runs.
+    /// No machine runs; or strangers' machines should not.
     Missing,
 }
 

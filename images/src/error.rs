@@ -10,6 +10,7 @@ use crate::layer::LayerError;
 use crate::reference::ReferenceError;
 use crate::registry::RegistryError;
 use crate::rootfs::ConvertError;
+use crate::signature::PolicyError;
 use crate::source::SourceError;
 
 /// Why an operation on images failed. `Display` is one line for a user.
@@ -30,6 +31,9 @@ pub enum Error {
     /// A registry.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// The signature policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
     /// A layer's stream.
     #[error(transparent)]
     Layer(#[from] LayerError),

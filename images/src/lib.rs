@@ -27,6 +27,7 @@ mod progress;
 mod reference;
 pub mod registry;
 pub mod rootfs;
+pub mod signature;
 mod source;
 mod store;
 #[cfg(test)]
@@ -40,5 +41,6 @@ pub use layer::UnpackLimits;
 pub use progress::{Progress, Silent, Step};
 pub use reference::{DEFAULT_REGISTRY, DEFAULT_TAG, Reference, ReferenceError};
 pub use registry::{Network, RegistryOptions};
+pub use signature::{Policy, PolicyError};
 pub use source::{Select, Source, SourceError};
 pub use store::{Lease, PruneOptions, PruneReport, PullOptions, PullPolicy, Removed, Store};

@@ -170,3 +170,69 @@ pub fn shown<T>(result: Result<T, crate::Error>) -> String {
     assert!(!text.contains(char::is_control), "{text:?}");
     text
 }
+
+/// Somebody who signs images as cosign does.
+pub enum Signer {
+    P256(ring::signature::EcdsaKeyPair),
+    Ed25519(ring::signature::Ed25519KeyPair),
+}
+
+impl Signer {
+    pub fn p256() -> Signer {
+        use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
+        let random = ring::rand::SystemRandom::new();
+        let algorithm = &ECDSA_P256_SHA256_ASN1_SIGNING;
+        let key = EcdsaKeyPair::generate_pkcs8(algorithm, &random).unwrap();
+        Signer::P256(EcdsaKeyPair::from_pkcs8(algorithm, key.as_ref(), &random).unwrap())
+    }
+
+    pub fn ed25519() -> Signer {
+        use ring::signature::Ed25519KeyPair;
+        let key = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap();
+        Signer::Ed25519(Ed25519KeyPair::from_pkcs8(key.as_ref()).unwrap())
+    }
+
+    /// The public key, as `cosign.pub` has it.
+    pub fn pem(&self) -> String {
+        use base64::Engine as _;
+        use ring::signature::KeyPair as _;
+        // What comes before the key in a SubjectPublicKeyInfo (RFC 5480, RFC 8410).
+        let der = match self {
+            Signer::P256(key) => {
+                let algorithm = b"\x30\x59\x30\x13\x06\x07\x2a\x86\x48\xce\x3d\x02\x01\x06\x08\
+                    \x2a\x86\x48\xce\x3d\x03\x01\x07\x03\x42\x00";
+                [algorithm, key.public_key().as_ref()].concat()
+            }
+            Signer::Ed25519(key) => {
+                let algorithm = b"\x30\x2a\x30\x05\x06\x03\x2b\x65\x70\x03\x21\x00";
+                [algorithm, key.public_key().as_ref()].concat()
+            }
+        };
+        let text = base64::engine::general_purpose::STANDARD.encode(der);
+        format!("-----BEGIN PUBLIC KEY-----\n{text}\n-----END PUBLIC KEY-----\n")
+    }
+
+    /// The signature of a payload, in base64.
+    pub fn sign(&self, payload: &[u8]) -> String {
+        use base64::Engine as _;
+        let signature = match self {
+            Signer::P256(key) => {
+                key.sign(&ring::rand::SystemRandom::new(), payload).unwrap().as_ref().to_vec()
+            }
+            Signer::Ed25519(key) => key.sign(payload).as_ref().to_vec(),
+        };
+        base64::engine::general_purpose::STANDARD.encode(signature)
+    }
+}
+
+/// What cosign signs for a manifest or index under a name.
+pub fn payload(digest: Digest, name: &str) -> Value {
+    json!({
+        "critical": {
+            "identity": {"docker-reference": name},
+            "image": {"docker-manifest-digest": digest},
+            "type": "cosign container image signature",
+        },
+        "optional": null,
+    })
+}

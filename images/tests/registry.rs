@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use images::{Image, PullOptions, PullPolicy, SaveFormat, Silent, Store};
+use images::{Image, Policy, PullOptions, PullPolicy, SaveFormat, Silent, Store};
 use tempfile::TempDir;
 
 /// Whether all `tools` are installed; says which is not.
@@ -279,6 +279,95 @@ fn a_password_is_found_where_docker_keeps_it() {
     let text = String::from_utf8_lossy(&output.stderr).into_owned()
         + &String::from_utf8_lossy(&output.stdout);
     assert!(!output.status.success() && text.contains("the keychain is locked"), "{text}");
+}
+
+#[test]
+fn a_signature_by_openssl_in_a_registry_is_verified() {
+    if !have(&["docker-registry", "skopeo", "openssl"]) {
+        return;
+    }
+    let registry = Registry::plain();
+    let layout = layout(&[1000]);
+    let folder = registry.folder.path();
+    let index = fs::read(layout.path().join("index.json")).unwrap();
+    let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
+    let digest = index["manifests"][0]["digest"].as_str().unwrap();
+    let kinds = [
+        ("ec", ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]),
+        ("rsa", ["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"]),
+    ];
+    for (kind, algorithm) in kinds {
+        let name = format!("{}/{kind}/app", registry.address);
+        let [key, public, other] =
+            ["key", "pub", "other"].map(|name| folder.join(format!("{kind}.{name}")));
+        let openssl = || Command::new("openssl");
+        for key in [&other, &key] {
+            run(openssl().arg("genpkey").args(algorithm).arg("-out").arg(key));
+        }
+        let publish = |key: &Path| {
+            run(openssl().args(["pkey", "-pubout", "-in"]).arg(key).arg("-out").arg(&public));
+        };
+        publish(&key);
+        let payload = serde_json::json!({
+            "critical": {
+                "identity": {"docker-reference": name},
+                "image": {"docker-manifest-digest": digest},
+                "type": "cosign container image signature",
+            },
+            "optional": null,
+        });
+        let payload = serde_json::to_vec(&payload).unwrap();
+        let [text, signature] = ["payload", "signature"].map(|name| folder.join(name));
+        fs::write(&text, &payload).unwrap();
+        let dgst = ["dgst", "-sha256", "-sign"];
+        run(openssl().args(dgst).arg(&key).arg("-out").arg(&signature).arg(&text));
+        let signature = run(openssl().args(["base64", "-A", "-in"]).arg(&signature));
+        registry.push(layout.path(), &format!("{kind}/app:v1"), &["--preserve-digests"]);
+        attach(&registry, kind, digest, &payload, &signature);
+
+        let policy = folder.join(format!("{kind}.json"));
+        let signed = serde_json::json!({"type": "sigstoreSigned", "keyPath": public,
+            "signedIdentity": {"type": "matchRepository"}});
+        fs::write(&policy, serde_json::json!({"default": [signed]}).to_string()).unwrap();
+        let pull = || {
+            let mut place = place();
+            place.store = place.store.with_policy(Some(Policy::read(&policy).unwrap()));
+            let image = place.pull(&format!("{name}:v1"))?;
+            place.store.root_device(&image, &Silent).map(|_| ())
+        };
+        pull().unwrap();
+        // Another key of the same kind.
+        publish(&other);
+        let refused = pull().unwrap_err().to_string();
+        assert!(refused.contains("not made with the policy's key"), "{refused}");
+    }
+}
+
+/// Puts a signature where cosign does, by way of an image that skopeo pushes.
+fn attach(registry: &Registry, kind: &str, digest: &str, payload: &[u8], signature: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let add = |bytes: &[u8]| {
+        let digest = images_digest(bytes);
+        fs::write(folder.path().join(digest.split_once(':').unwrap().1), bytes).unwrap();
+        serde_json::json!({"digest": digest, "size": bytes.len()})
+    };
+    let config = serde_json::json!({"architecture": "", "os": "", "config": {},
+        "rootfs": {"type": "layers", "diff_ids": [images_digest(payload)]}});
+    let mut config = add(&serde_json::to_vec(&config).unwrap());
+    config["mediaType"] = "application/vnd.oci.image.config.v1+json".into();
+    let mut layer = add(payload);
+    layer["mediaType"] = "application/vnd.dev.cosign.simplesigning.v1+json".into();
+    layer["annotations"] = serde_json::json!({"dev.cosignproject.cosign/signature": signature});
+    let manifest = serde_json::json!({"schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": config, "layers": [layer]});
+    fs::write(folder.path().join("manifest.json"), manifest.to_string()).unwrap();
+    fs::write(folder.path().join("version"), "Directory Transport Version: 1.1\n").unwrap();
+    let tag = format!("{}.sig", digest.replace(':', "-"));
+    run(skopeo(registry.folder.path())
+        .args(["copy", "--quiet", "--dest-tls-verify=false"])
+        .arg(format!("dir:{}", folder.path().display()))
+        .arg(format!("docker://{}/{kind}/app:{tag}", registry.address)));
 }
 
 fn executable(path: &Path, script: &str) {

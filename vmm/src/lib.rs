@@ -6,6 +6,7 @@ mod device_manager;
 mod error;
 pub mod event_loop;
 mod generation;
+pub mod isolation;
 mod limits;
 pub mod logger;
 mod machine;

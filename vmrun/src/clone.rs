@@ -13,12 +13,17 @@ use crate::command::CloneArguments;
 use crate::{FAILURE, Failure, output};
 
 /// Runs clones until all have ended; the first failure's exit status.
-pub fn clone(paths: &Paths, root: Option<&Path>, arguments: CloneArguments) -> Result<u8, Failure> {
+pub fn clone(
+    paths: &Paths,
+    root: Option<&Path>,
+    policy: Option<&Path>,
+    arguments: CloneArguments,
+) -> Result<u8, Failure> {
     let count = usize::from(arguments.count);
     // Said once, and not by each.
     Snapshot::open(paths, &arguments.snapshot)?;
     stdio::block_signals()?;
-    let clones = Clones::start(count, &run_arguments(root, &arguments))?;
+    let clones = Clones::start(count, &run_arguments(root, policy, &arguments))?;
     let (mut left, mut code, mut signal) = (count, 0, None);
     while left > 0 {
         match clones.next() {
@@ -49,10 +54,17 @@ pub fn clone(paths: &Paths, root: Option<&Path>, arguments: CloneArguments) -> R
     Ok(signal.map_or(code, |signal| 128u8.wrapping_add(signal as u8)))
 }
 
-fn run_arguments(root: Option<&Path>, arguments: &CloneArguments) -> Vec<OsString> {
+fn run_arguments(
+    root: Option<&Path>,
+    policy: Option<&Path>,
+    arguments: &CloneArguments,
+) -> Vec<OsString> {
     let mut words: Vec<OsString> = Vec::new();
     if let Some(root) = root {
         words.extend(["--root".into(), root.into()]);
+    }
+    if let Some(policy) = policy {
+        words.extend(["--signature-policy".into(), policy.into()]);
     }
     words.extend(["run".into(), "--rm".into(), "--from".into(), (&arguments.snapshot).into()]);
     for step in &arguments.confinement.unconfined {

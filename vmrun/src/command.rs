@@ -18,6 +18,9 @@ pub struct Options {
     /// Keep all state below this folder
     #[arg(long, global = true, env = "VMRUN_ROOT", value_name = "DIR")]
     pub root: Option<PathBuf>,
+    /// Which images are accepted, and who must have signed them: a policy.json of containers(5)
+    #[arg(long, global = true, env = "VMRUN_SIGNATURE_POLICY", value_name = "FILE")]
+    pub signature_policy: Option<PathBuf>,
     /// Log what vmrun does to standard error
     #[arg(short = 'D', long, global = true)]
     pub debug: bool,
@@ -57,6 +60,9 @@ pub enum Command {
         /// How to print
         #[arg(long, default_value = "table")]
         format: Format,
+        /// Go through the checklist of a host on which strangers' machines run, instead
+        #[arg(long)]
+        production: bool,
         #[command(flatten)]
         confinement: ConfinementArguments,
     },
@@ -526,8 +532,9 @@ fn first_word(arguments: &[OsString]) -> Option<usize> {
         match arguments.get(at)?.to_str().unwrap_or_default() {
             "-h" | "--help" | "-V" | "--version" => return None,
             "-D" | "--debug" => at += 1,
-            "--root" => at += 2,
+            "--root" | "--signature-policy" => at += 2,
             word if word.starts_with("--root=") => at += 1,
+            word if word.starts_with("--signature-policy=") => at += 1,
             _ => return Some(at),
         }
     }
@@ -566,6 +573,8 @@ mod tests {
             "vmrun alpine echo -n x",
             "vmrun run alpine echo -n x",
             "vmrun --root /r alpine echo -n x",
+            "vmrun --signature-policy p --root=/r alpine echo -n x",
+            "vmrun --signature-policy=p alpine echo -n x",
         ] {
             let run = run(line);
             assert_eq!(run.image.as_deref(), Some("alpine"));

@@ -3,14 +3,23 @@
 use std::path::Path;
 
 use engine::confinement::Policy;
-use engine::doctor::{self, Verdict};
+use engine::doctor::{self, Verdict, production};
 
 use crate::command::Format;
 use crate::{Failure, output};
 
-/// Prints what this host has and lacks; the exit status says whether machines can run.
-pub fn doctor(root: Option<&Path>, policy: &Policy, format: Format) -> Result<u8, Failure> {
-    let findings = doctor::examine(root, policy);
+/// Prints what this host has and lacks; the exit status says whether machines can run, or whether
+/// those of strangers should.
+pub fn doctor(
+    root: Option<&Path>,
+    policy: &Policy,
+    format: Format,
+    production: bool,
+) -> Result<u8, Failure> {
+    let findings = match production {
+        true => production::examine(Path::new("/"), production::landlock_version()),
+        false => doctor::examine(root, policy),
+    };
     match format {
         Format::Json => findings.iter().try_for_each(output::json)?,
         Format::Table => {
@@ -20,9 +29,9 @@ pub fn doctor(root: Option<&Path>, policy: &Policy, format: Format) -> Result<u8
                     Verdict::Limited => "warn",
                     Verdict::Missing => "FAIL",
                 };
-                output::line(format!("{mark}  {:20} {}", finding.subject, finding.found));
+                output::line(format!("{mark}  {:22} {}", finding.subject, finding.found));
                 if let Some(fix) = &finding.fix {
-                    output::line(format!("      {:20} fix: {fix}", ""));
+                    output::line(format!("      {:22} fix: {fix}", ""));
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! `vmrun image`.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 
 use engine::paths::Paths;
 use images::{PruneOptions, Removed, SaveFormat, Source, Store};
@@ -8,15 +9,17 @@ use images::{PruneOptions, Removed, SaveFormat, Source, Store};
 use crate::bars::Bars;
 use crate::command::{ArchiveFormat, Format, ImageCommand};
 use crate::run::pull_options;
-use crate::{Failure, output};
+use crate::{Failure, output, store};
 
 /// Carries out a subcommand.
-pub fn image(paths: &Paths, command: ImageCommand) -> Result<(), Failure> {
+pub fn image(paths: &Paths, policy: Option<&Path>, command: ImageCommand) -> Result<(), Failure> {
+    // What takes no image in asks no policy, so that one that is wrong is in nobody's way.
     let store = Store::open(&paths.images())?;
     match command {
         ImageCommand::Pull { source, quiet, plain_http } => {
             let source: Source = source.parse()?;
             let bars = Bars::new(quiet);
+            let store = store::open(paths, policy)?;
             let image = store.pull(&source, &pull_options(plain_http), &bars)?;
             // What a first run would wait for.
             store.root_device(&image, &bars)?;
@@ -41,6 +44,7 @@ pub fn image(paths: &Paths, command: ImageCommand) -> Result<(), Failure> {
         }
         ImageCommand::Load { input, quiet } => {
             let bars = Bars::new(quiet);
+            let store = store::open(paths, policy)?;
             let images = match input {
                 Some(path) => store.load(&path, &bars)?,
                 None if io::stdin().is_terminal() => {
@@ -48,12 +52,7 @@ pub fn image(paths: &Paths, command: ImageCommand) -> Result<(), Failure> {
                         "nothing to load: give --input FILE, or an archive on standard input",
                     ));
                 }
-                None => {
-                    // Archives are read back and forth.
-                    let mut file = tempfile::NamedTempFile::new_in(paths.state())?;
-                    io::copy(&mut io::stdin().lock(), &mut file)?;
-                    store.load(file.path(), &bars)?
-                }
+                None => store.load_stream(&mut io::stdin().lock(), &bars)?,
             };
             for image in images {
                 output::line(format!("Loaded image: {}", image.title()));

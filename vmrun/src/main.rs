@@ -10,6 +10,7 @@ mod kernel;
 mod output;
 mod run;
 mod snapshot;
+mod store;
 mod volume;
 
 use std::io::Write;
@@ -60,19 +61,23 @@ fn main() -> ExitCode {
 
 fn dispatch(options: Options) -> Result<u8, Failure> {
     let paths = || Ok::<_, Failure>(engine::paths::Paths::open(options.root.as_deref())?);
+    let policy = options.signature_policy.as_deref();
     match options.command {
-        Command::Run(arguments) => run::run(&paths()?, *arguments, options.debug),
-        Command::Image(command) => image::image(&paths()?, command).map(|()| 0),
+        Command::Run(arguments) => run::run(&paths()?, policy, *arguments, options.debug),
+        Command::Image(command) => image::image(&paths()?, policy, command).map(|()| 0),
         Command::Kernel(command) => kernel::kernel(&paths()?, command).map(|()| 0),
         Command::Volume(command) => volume::volume(&paths()?, command).map(|()| 0),
         Command::Snapshot(command) => {
-            snapshot::snapshot(&paths()?, command, options.debug).map(|()| 0)
+            snapshot::snapshot(&paths()?, policy, command, options.debug).map(|()| 0)
         }
-        Command::Clone(arguments) => clone::clone(&paths()?, options.root.as_deref(), *arguments),
+        Command::Clone(arguments) => {
+            clone::clone(&paths()?, options.root.as_deref(), policy, *arguments)
+        }
         Command::Ps(arguments) => container::ps(&paths()?, &arguments).map(|()| 0),
         Command::Rm { containers } => container::rm(&paths()?, &containers).map(|()| 0),
-        Command::Doctor { format, confinement } => {
-            doctor::doctor(options.root.as_deref(), &confinement.policy(), format)
+        Command::Doctor { format, production, confinement } => {
+            let confinement = confinement.policy();
+            doctor::doctor(options.root.as_deref(), &confinement, format, production)
         }
         Command::Completion { shell } => {
             command::completion(shell);

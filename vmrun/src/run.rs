@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::net::IpAddr;
+use std::path::Path;
 
 use engine::kernel::Kernels;
 use engine::network::Dns;
@@ -10,14 +11,19 @@ use engine::run::{self, NetworkMode, Origin, RunError, RunOptions};
 use engine::snapshot::Snapshot;
 use engine::spec::{self, ProcessOptions};
 use engine::stdio;
-use images::{PullOptions, PullPolicy, Store};
+use images::{PullOptions, PullPolicy};
 
 use crate::bars::Bars;
 use crate::command::{Pull, RunArguments};
-use crate::{FAILURE, Failure};
+use crate::{FAILURE, Failure, store};
 
 /// Runs an image, or what a snapshot has; the process's exit status.
-pub fn run(paths: &Paths, mut arguments: RunArguments, debug: bool) -> Result<u8, Failure> {
+pub fn run(
+    paths: &Paths,
+    policy: Option<&Path>,
+    mut arguments: RunArguments,
+    debug: bool,
+) -> Result<u8, Failure> {
     refuse_unsupported(&arguments)?;
     let snapshot = arguments.from.as_deref().map(|name| Snapshot::open(paths, name)).transpose()?;
     if let Some(snapshot) = &snapshot {
@@ -31,7 +37,7 @@ pub fn run(paths: &Paths, mut arguments: RunArguments, debug: bool) -> Result<u8
         take_over(&mut options, snapshot);
         // Before any thread is made, so that signals wait for the one that forwards them.
         stdio::block_signals()?;
-        let store = Store::open(&paths.images())?;
+        let store = store::open(paths, policy)?;
         let found = store.find(&snapshot.manifest.image_id)?;
         let image = found.ok_or_else(|| snapshot.image_error("removed"))?;
         let _lease = store.hold(&image)?;
@@ -42,7 +48,7 @@ pub fn run(paths: &Paths, mut arguments: RunArguments, debug: bool) -> Result<u8
     let kernel = Kernels::open(paths.state()).resolve(arguments.kernel.as_deref())?;
     stdio::block_signals()?;
 
-    let store = Store::open(&paths.images())?;
+    let store = store::open(paths, policy)?;
     let bars = Bars::new(arguments.quiet);
     let policy = match arguments.pull {
         Pull::Always => PullPolicy::Always,

@@ -1,17 +1,19 @@
 //! `vmrun snapshot`.
 
+use std::path::Path;
+
 use engine::kernel::Kernels;
 use engine::paths::Paths;
 use engine::run::{self, WarmOptions};
 use engine::snapshot::{self, Snapshot};
 use engine::{spec, stdio};
-use images::{PullPolicy, Store};
+use images::PullPolicy;
 use serde::Serialize;
 
 use crate::bars::Bars;
 use crate::command::{Format, SnapshotCommand, SnapshotCreateArguments};
 use crate::run::{cpus, disk, memory, network, pull_options, told};
-use crate::{Failure, output};
+use crate::{Failure, output, store};
 
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
@@ -37,12 +39,17 @@ impl Row {
 }
 
 /// Carries out a subcommand.
-pub fn snapshot(paths: &Paths, command: SnapshotCommand, debug: bool) -> Result<(), Failure> {
+pub fn snapshot(
+    paths: &Paths,
+    policy: Option<&Path>,
+    command: SnapshotCommand,
+    debug: bool,
+) -> Result<(), Failure> {
     match command {
         SnapshotCommand::Create(arguments) => {
             spec::check_name("the snapshot's name", &arguments.name)?;
             if arguments.warm {
-                create_warm(paths, &arguments, debug)?;
+                create_warm(paths, policy, &arguments, debug)?;
             } else {
                 // Interrupted half-way, it would leave the container standing still.
                 stdio::block_signals()?;
@@ -78,6 +85,7 @@ pub fn snapshot(paths: &Paths, command: SnapshotCommand, debug: bool) -> Result<
 
 fn create_warm(
     paths: &Paths,
+    policy: Option<&Path>,
     arguments: &SnapshotCreateArguments,
     debug: bool,
 ) -> Result<(), Failure> {
@@ -92,7 +100,7 @@ fn create_warm(
         debug,
     };
     let kernel = Kernels::open(paths.state()).resolve(arguments.kernel.as_deref())?;
-    let store = Store::open(&paths.images())?;
+    let store = store::open(paths, policy)?;
     let bars = Bars::new(false);
     let image =
         store.obtain(&arguments.source, PullPolicy::Missing, &pull_options(false), &bars)?;

@@ -2,14 +2,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::command::{cargo, root, run, target};
+use crate::command::{cargo, output, root, run, target};
 use crate::kernel;
 
-const TRIPLE: &str = "x86_64-unknown-linux-gnu";
-const STATIC: &str = "-C target-feature=+crt-static";
+/// The platform that programs are built for.
+pub const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
 /// Where the programs are after a build.
 pub fn dist() -> PathBuf {
@@ -25,8 +26,9 @@ pub fn build() -> Result<()> {
         ("release", "vmm", "vmrun-vmm"),
         ("init", "guest", "vmrun-init"),
     ];
+    let flags = Flags::new()?;
     for (profile, package, program) in programs {
-        build_static(profile, package, program, &folder)?;
+        build_with(&flags, profile, package, program, &folder)?;
     }
     if let Some(vmlinux) = kernel::cached(false)? {
         place(&vmlinux, &folder.join("vmlinux"))?;
@@ -37,11 +39,73 @@ pub fn build() -> Result<()> {
 
 /// Builds a program that needs no libraries into a folder.
 pub fn build_static(profile: &str, package: &str, program: &str, folder: &Path) -> Result<()> {
-    // Naming the target keeps the flag away from build scripts and procedural macros.
+    build_with(&Flags::new()?, profile, package, program, folder)
+}
+
+fn build_with(
+    flags: &Flags,
+    profile: &str,
+    package: &str,
+    program: &str,
+    folder: &Path,
+) -> Result<()> {
+    // Naming the target keeps the flags away from build scripts and procedural macros.
     run(cargo()
-        .args(["build", "--profile", profile, "--target", TRIPLE, "-p", package, "--bin", program])
-        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", STATIC))?;
+        .args(["build", "--locked", "--profile", profile, "--target", TRIPLE])
+        .args(["-p", package, "--bin", program])
+        .env("CARGO_ENCODED_RUSTFLAGS", &flags.rust)
+        .env("CFLAGS_x86_64_unknown_linux_gnu", &flags.c)
+        // For C sources that ask for the date.
+        .env("SOURCE_DATE_EPOCH", "1"))?;
     place(&target().join(TRIPLE).join(profile).join(program), &folder.join(program))
+}
+
+/// Flags of the compilers. Where the sources, the crates, and what is built are must not show in the
+/// programs: the same sources give the same bytes wherever they are built (`cargo xtask reproduce`).
+struct Flags {
+    /// For `CARGO_ENCODED_RUSTFLAGS`, whose parts may have spaces in them.
+    rust: String,
+    c: String,
+}
+
+impl Flags {
+    fn new() -> Result<Flags> {
+        let rustc = |argument: &[&str]| {
+            let rustc = std::env::var_os("RUSTC").unwrap_or("rustc".into());
+            output(Command::new(rustc).args(argument))
+        };
+        let sysroot = rustc(&["--print", "sysroot"])?;
+        let version = rustc(&["-vV"])?;
+        let commit = version.lines().find_map(|line| line.strip_prefix("commit-hash: "));
+        let commit = commit.context("rustc -vV names no commit-hash")?;
+        let path = |path: PathBuf| {
+            let text = path.to_str().map(str::to_owned);
+            text.with_context(|| format!("{} is not UTF-8", path.display()))
+        };
+        // Of several that match the last one counts.
+        let places = [
+            (path(cargo_home()?)?, "/cargo".to_owned()),
+            (path(root().to_owned())?, "/vmrun".to_owned()),
+            (path(target())?, "/target".to_owned()),
+            // Where the standard library's sources are installed, they are found there.
+            (format!("{}/lib/rustlib/src/rust", sysroot.trim()), format!("/rustc/{commit}")),
+        ];
+        let mut rust = vec!["-Ctarget-feature=+crt-static".to_owned()];
+        rust.extend(places.iter().map(|(from, to)| format!("--remap-path-prefix={from}={to}")));
+        // This variable is split at spaces, and there is none that is not.
+        let c = places.iter().filter(|(from, _)| !from.contains(' '));
+        let c: Vec<String> = c.map(|(from, to)| format!("-ffile-prefix-map={from}={to}")).collect();
+        Ok(Flags { rust: rust.join("\x1f"), c: c.join(" ") })
+    }
+}
+
+/// Where cargo keeps the sources of crates.
+pub fn cargo_home() -> Result<PathBuf> {
+    if let Some(folder) = std::env::var_os("CARGO_HOME") {
+        return Ok(folder.into());
+    }
+    let home = std::env::var_os("HOME").context("neither CARGO_HOME nor HOME is set")?;
+    Ok(PathBuf::from(home).join(".cargo"))
 }
 
 /// Copies a file so that a reader sees the old one or the new one, whole.

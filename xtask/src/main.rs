@@ -1,4 +1,4 @@
-//! Chores of the project: `cargo xtask {build, test, lab, demo, kernel, bench, fuzz}`.
+//! Chores of the project: `cargo xtask {build, test, lab, demo, kernel, bench, fuzz, reproduce, supply, sbom}`.
 
 mod bench;
 mod build;
@@ -9,6 +9,8 @@ mod fuzz;
 mod image;
 mod kernel;
 mod lab;
+mod reproduce;
+mod supply;
 mod test;
 
 use std::process::ExitCode;
@@ -37,6 +39,12 @@ enum Task {
     Kernel(kernel::Arguments),
     /// Fuzz the parsers and devices, for a bounded time
     Fuzz(fuzz::Arguments),
+    /// Build twice in different places and compare the programs
+    Reproduce,
+    /// Check licences, duplicates, sources, advisories, and what programs must not link
+    Supply,
+    /// Write what each program is made of (CycloneDX) into target/dist
+    Sbom,
     /// Run the benchmarks
     Bench(bench::Arguments),
     /// What the benchmarks run inside the lab
@@ -58,6 +66,9 @@ fn main() -> ExitCode {
             0
         }),
         Task::Fuzz(arguments) => fuzz::fuzz(&arguments).map(|()| 0),
+        Task::Reproduce => reproduce::reproduce().map(|()| 0),
+        Task::Supply => supply::check().map(|()| 0),
+        Task::Sbom => supply::write_sbom().map(|()| 0),
         Task::Bench(arguments) => bench::bench(&arguments).map(|()| 0),
         Task::Measure(arguments) => bench::measure(&arguments).map(|()| 0),
         Task::KeepVm => lab::keep_vm().map(|()| 0),

@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::command::{cargo, run, target};
-use crate::{build, debian, kernel, lab};
+use crate::{build, debian, kernel, lab, supply};
 
 /// Tools that unit tests use beside the lab's.
 const UNIT_TOOLS: [&str; 8] = [
@@ -79,7 +79,8 @@ pub fn test(arguments: &Arguments) -> Result<()> {
         step("lints", || {
             run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
             // Not among all targets, since a plain `cargo test` must not run it.
-            run(cargo().args(["clippy", "-p", "e2e", "--test", "e2e", "--", "-D", "warnings"]))
+            run(cargo().args(["clippy", "-p", "e2e", "--test", "e2e", "--", "-D", "warnings"]))?;
+            supply::check()
         })?;
         step("unit tests", || run(cargo().args(["test", "--workspace"])))?;
         passed += 3;

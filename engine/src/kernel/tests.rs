@@ -398,6 +398,8 @@ fn the_initramfs_holds_init_and_modules_and_is_made_anew_for_another_init() {
         opened.set_modified(time).unwrap();
         let made = kernel.initrd(&init).unwrap();
         assert!(made.to_str().unwrap().contains(&format!("-{seconds:x}.0.cpio")), "{made:?}");
+        // Equal programs make equal archives.
+        assert_eq!(fs::read(&made).unwrap(), fs::read(&path).unwrap());
     }
     fs::write(&init, "#!/bin/sh").unwrap();
     assert!(matches!(kernel.initrd(&init), Err(KernelError::Init { .. })));

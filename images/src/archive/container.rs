@@ -14,6 +14,7 @@ use super::ArchiveError;
 use crate::document::DOCUMENT_MAX;
 use crate::error::Error;
 use crate::layer::{UnpackLimits, unpack_archive};
+use crate::signature::Origin;
 use crate::store::Work;
 
 /// An image of the largest allowed number of layers has three entries a layer in old archives.
@@ -27,8 +28,8 @@ const LINKS_MAX: usize = 8;
 
 /// Where images are read from.
 pub(super) enum Container {
-    /// A tar file: where each entry's bytes are.
-    Tar { path: PathBuf, file: File, entries: HashMap<String, Place> },
+    /// A tar file: its name in messages, its absolute path if it has one, where each entry's bytes are.
+    Tar { path: PathBuf, real: Option<PathBuf>, file: File, entries: HashMap<String, Place> },
     /// A directory.
     Folder { path: PathBuf },
 }
@@ -75,7 +76,11 @@ impl Container {
         // Opening a FIFO would wait for its writer.
         let flags = nix::libc::O_NONBLOCK;
         let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(read)?;
-        Container::tar_file(path, file, limits, work)
+        let mut container = Container::tar_file(path, file, limits, work)?;
+        if let Container::Tar { real, .. } = &mut container {
+            *real = path.canonicalize().ok();
+        }
+        Ok(container)
     }
 
     /// An open tar file, called `path` in messages. A compressed one is unpacked first, into a file
@@ -95,7 +100,7 @@ impl Container {
         let packed = unpack_archive(path, &file, &mut unpacked, limits).map_err(read)?;
         let file = if packed { unpacked.into_file() } else { file };
         let entries = index(path, &file)?;
-        Ok(Container::Tar { path: path.to_owned(), file, entries })
+        Ok(Container::Tar { path: path.to_owned(), real: None, file, entries })
     }
 
     /// Opens a directory.
@@ -108,6 +113,16 @@ impl Container {
             return Err(ArchiveError::NotA { path: path.to_owned(), expected }.into());
         }
         Ok(Container::Folder { path: path.to_owned() })
+    }
+
+    /// Where the image of an OCI layout comes from.
+    pub(super) fn layout_origin(&self) -> Origin {
+        match self {
+            Container::Tar { real, .. } => Origin::OciArchive(real.clone()),
+            Container::Folder { path } => {
+                Origin::Oci(path.canonicalize().unwrap_or_else(|_| path.clone()))
+            }
+        }
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -17,8 +17,9 @@ use crate::image::Image;
 use crate::layer::UnpackLimits;
 use crate::progress::{Progress, Step};
 use crate::reference::Reference;
+use crate::signature::{Origin, Provenance};
 use crate::source::Select;
-use crate::store::{Expected, REF_NAME, Store, Work};
+use crate::store::{Arrival, Expected, REF_NAME, Store, Work};
 
 /// The annotation in which Docker and containerd keep an image's full name.
 pub(super) const CONTAINERD_NAME: &str = "io.containerd.image.name";
@@ -213,6 +214,8 @@ fn load_docker(
     progress: &dyn Progress,
 ) -> Result<Image, Error> {
     let path = container.path();
+    let origin = Origin::DockerArchive;
+    work.store().admit_unsigned(&origin)?;
     let bytes = container.document(&image.config, "manifest.json")?;
     let id = Digest::of(&bytes);
     let what = format!("{}: {:?}", path.display(), image.config);
@@ -279,7 +282,9 @@ fn load_docker(
         file: "manifest.json".to_owned(),
         error,
     })?;
-    work.commit(&bytes, OCI_MANIFEST, &manifest, &config, names, Vec::new())
+    let provenance = Provenance { origins: vec![origin], ..Provenance::default() };
+    let arrival = Arrival { names, repo_digests: Vec::new(), provenance };
+    work.commit(&bytes, OCI_MANIFEST, &manifest, &config, arrival)
 }
 
 /// Up to four bytes, to see how a layer is packed.
@@ -439,6 +444,8 @@ fn load_oci(
     progress: &dyn Progress,
 ) -> Result<Image, Error> {
     let path = container.path();
+    let origin = container.layout_origin();
+    work.store().admit_unsigned(&origin)?;
     let mut entry = entry.clone();
     let mut by = "index.json".to_owned();
     for _ in 0..3 {
@@ -479,7 +486,9 @@ fn load_oci(
             None => &entry.media_type,
         };
         let names = name.into_iter().collect();
-        return work.commit(&bytes, media_type, &manifest, &config, names, Vec::new());
+        let provenance = Provenance { origins: vec![origin], ..Provenance::default() };
+        let arrival = Arrival { names, repo_digests: Vec::new(), provenance };
+        return work.commit(&bytes, media_type, &manifest, &config, arrival);
     }
     let what = format!("{}: {}", path.display(), entry.digest);
     Err(document::DocumentError::Nested { what }.into())

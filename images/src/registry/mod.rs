@@ -9,6 +9,7 @@ mod client;
 mod credentials;
 mod download;
 mod error;
+mod signatures;
 #[cfg(test)]
 mod tests;
 
@@ -30,7 +31,8 @@ use crate::error::Error;
 use crate::image::Image;
 use crate::progress::Progress;
 use crate::reference::{DEFAULT_TAG, Reference};
-use crate::store::{Expected, Store, Work};
+use crate::signature::{Evidence, Origin, Provenance};
+use crate::store::{Arrival, Expected, Store, Work};
 
 /// How to speak to registries.
 #[derive(Debug, Clone)]
@@ -105,6 +107,8 @@ pub(crate) fn pull(
     options: &RegistryOptions,
     progress: &dyn Progress,
 ) -> Result<Image, Error> {
+    // Before anybody is asked.
+    store.wants_signature(&Origin::docker(reference))?;
     let work = Work::begin(store)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(RegistryError::Runtime)?;
@@ -128,6 +132,7 @@ async fn fetch(
     let mut at = top;
     let mut expected: Option<Digest> = reference.digest().copied();
     let mut top_digest = None;
+    let mut indexes = Vec::new();
     for _ in 0..3 {
         let what = match expected {
             Some(digest) => format!("manifest {digest} of {}", reference.familiar_name()),
@@ -144,9 +149,19 @@ async fn fetch(
                 document::check_size(&what, chosen.size)?;
                 at = chosen.digest.to_string();
                 expected = Some(chosen.digest);
+                // What is read as JSON is text.
+                indexes.extend(String::from_utf8(bytes));
                 continue;
             }
         };
+        // Keep this before anything else that the manifest names.
+        let origin = Origin::docker(reference);
+        let evidence = match work.store().wants_signature(&origin)? {
+            true => signatures::fetch(client, reference, digest, indexes).await?,
+            false => Evidence::default(),
+        };
+        work.store().admit(&origin, digest, &evidence)?;
+        let provenance = Provenance { origins: vec![origin], evidence };
         work.hold(&digest)?;
         let what = format!("configuration {} of {reference}", manifest.config.digest);
         let wanted = Expected { digest: manifest.config.digest, size: manifest.config.size };
@@ -176,7 +191,8 @@ async fn fetch(
         let repo_digest = reference.with_digest(top_digest.unwrap_or(digest));
         let media_type = manifest.media_type.clone().unwrap_or(media_type);
         let media_type = if media_type.is_empty() { OCI_MANIFEST } else { &media_type };
-        return work.commit(&bytes, media_type, &manifest, &config, names, vec![repo_digest]);
+        let arrival = Arrival { names, repo_digests: vec![repo_digest], provenance };
+        return work.commit(&bytes, media_type, &manifest, &config, arrival);
     }
     let what = format!("image index of {reference}");
     Err(document::DocumentError::Nested { what }.into())

@@ -14,6 +14,8 @@ use crate::document::{Compression, OCI_INDEX, OCI_MANIFEST};
 use crate::testing::{Made, noise, shown, tar};
 use crate::{Digest, Error, Image, PullOptions, Silent, Source, Store};
 
+mod signed;
+
 /// A request as the mock saw it.
 #[derive(Debug, Clone)]
 struct Asked {

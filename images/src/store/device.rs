@@ -28,7 +28,11 @@ pub(super) fn device_name(chain: &Digest) -> String {
 impl Store {
     /// The EROFS file of `image`, made if it is not there. Readable by anybody, writable by nobody.
     /// It stays for as long as the image does: hold the image while the file is used.
+    ///
+    /// # Errors
+    /// Also an image that the signature policy does not accept, however it got into the store.
     pub fn root_device(&self, image: &Image, progress: &dyn Progress) -> Result<PathBuf, Error> {
+        self.admit_image(image)?;
         let chain = image.chain_id();
         let path = self.root.join("erofs").join(device_name(&chain));
         if fs::metadata(&path).is_ok_and(|m| m.is_file()) {

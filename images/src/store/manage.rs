@@ -296,6 +296,7 @@ impl Store {
                 bytes = bytes.saturating_add(size);
             }
         }
+        self.sweep_origins(records)?;
         Ok((deleted, bytes))
     }
 
@@ -332,7 +333,7 @@ impl Store {
 }
 
 /// Names and allocated bytes of the files in a folder.
-fn files(folder: &Path) -> Result<Vec<(String, u64)>, Error> {
+pub(super) fn files(folder: &Path) -> Result<Vec<(String, u64)>, Error> {
     use std::os::unix::fs::MetadataExt;
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
@@ -346,7 +347,7 @@ fn files(folder: &Path) -> Result<Vec<(String, u64)>, Error> {
     Ok(found)
 }
 
-fn unlink(path: &Path) -> Result<(), Error> {
+pub(super) fn unlink(path: &Path) -> Result<(), Error> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io("remove", path)(error))

@@ -4,6 +4,7 @@
 //! ```text
 //! ROOT/oci-layout  index.json       the layout; index.json is also the list of names
 //! ROOT/blobs/sha256/HEX             complete, checked, never changed
+//! ROOT/origins/HEX.json             where the image of this manifest came from, and its signatures
 //! ROOT/erofs/CHAIN.vN.erofs         root devices, made on demand, read-only
 //! ROOT/partial/HEX                  downloads to take up again
 //! ROOT/tmp/                         files in the making; leftovers are removed by the next command
@@ -25,6 +26,7 @@ mod database;
 mod device;
 mod lock;
 mod manage;
+mod provenance;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -34,12 +36,13 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub(crate) use database::REF_NAME;
 use database::Record;
 use lock::{Lock, Mode};
 pub use manage::{PruneOptions, PruneReport, Removed};
-pub(crate) use work::{Expected, Work};
+pub(crate) use work::{Arrival, Expected, Work};
 
 use crate::archive;
 use crate::digest::Digest;
@@ -51,6 +54,7 @@ use crate::progress::Progress;
 use crate::reference::Reference;
 use crate::registry::{self, RegistryOptions};
 use crate::rootfs;
+use crate::signature::Policy;
 use crate::source::Source;
 
 /// When an image is fetched.
@@ -80,6 +84,7 @@ pub struct Store {
     root: PathBuf,
     limits: UnpackLimits,
     tree: rootfs::Limits,
+    policy: Option<Arc<Policy>>,
 }
 
 /// Keeps an image from being removed. Held until it is dropped; a process that inherits the
@@ -101,7 +106,7 @@ impl Store {
     /// Opens the store in `root`, and makes it where it is missing.
     pub fn open(root: &Path) -> Result<Store, Error> {
         let (limits, tree) = (UnpackLimits::default(), rootfs::Limits::default());
-        let store = Store { root: root.to_owned(), limits, tree };
+        let store = Store { root: root.to_owned(), limits, tree, policy: None };
         let layout = root.join("oci-layout");
         match fs::symlink_metadata(&layout) {
             Ok(_) => return Ok(store),
@@ -131,6 +136,12 @@ impl Store {
     pub fn with_limits(mut self, layer: UnpackLimits, tree: rootfs::Limits) -> Store {
         self.limits = layer;
         self.tree = tree;
+        self
+    }
+
+    /// The same store that takes in, and makes root devices of, only what `policy` accepts.
+    pub fn with_policy(mut self, policy: Option<Policy>) -> Store {
+        self.policy = policy.map(Arc::new);
         self
     }
 

@@ -16,12 +16,20 @@ use crate::document::{Config, Manifest};
 use crate::error::Error;
 use crate::image::{Image, chain_id};
 use crate::reference::Reference;
+use crate::signature::Provenance;
 
 /// What is known of a blob before it is read.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Expected {
     pub digest: Digest,
     pub size: u64,
+}
+
+/// What is said of an image by where it comes from.
+pub(crate) struct Arrival {
+    pub names: Vec<Reference>,
+    pub repo_digests: Vec<Reference>,
+    pub provenance: Provenance,
 }
 
 /// An operation that adds blobs. What it holds is safe from being removed until it is dropped.
@@ -43,6 +51,11 @@ impl<'a> Work<'a> {
             None => store.lock(&path, Mode::Shared)?,
         };
         Ok(Work { store, _temp: lock, held: RefCell::default() })
+    }
+
+    /// The store it adds to.
+    pub(crate) fn store(&self) -> &'a Store {
+        self.store
     }
 
     /// A new file that vanishes unless it is kept.
@@ -171,16 +184,16 @@ impl<'a> Work<'a> {
     }
 
     /// Puts the manifest, whose text is `bytes`, into the store and the image into the list. All its
-    /// other blobs are there and held.
+    /// other blobs are there and held, and the signature policy has been asked.
     pub(crate) fn commit(
         &self,
         bytes: &[u8],
         media_type: &str,
         manifest: &Manifest,
         config: &Config,
-        names: Vec<Reference>,
-        repo_digests: Vec<Reference>,
+        arrival: Arrival,
     ) -> Result<Image, Error> {
+        let Arrival { names, repo_digests, provenance } = arrival;
         let store = self.store;
         let manifest_digest = self.put(bytes)?;
         store.sync_folder(&store.root.join("blobs/sha256"))?;
@@ -197,6 +210,8 @@ impl<'a> Work<'a> {
             repo_digests,
         };
         let index = store.lock(&store.root.join("locks/index"), Mode::Exclusive)?;
+        // First, so that what is in the list never lacks it.
+        store.add_provenance(&manifest_digest, provenance)?;
         let mut records = database::read(&store.index())?;
         let before = records.clone();
         database::insert(&mut records, record);

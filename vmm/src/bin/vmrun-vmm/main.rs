@@ -81,6 +81,9 @@ struct Options {
     /// Put virtio devices on a PCI bus, where devices can also be plugged in while the guest runs
     #[arg(long)]
     enable_pci: bool,
+    /// Share no processor core with another process: take a core scheduling cookie
+    #[arg(long)]
+    core_scheduling: bool,
     /// Use this inherited descriptor as the TAP of an interface
     #[arg(long, value_name = "IFACE_ID=FD")]
     tap_fd: Vec<String>,
@@ -151,6 +154,11 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
     };
     let kept = taps.values().map(AsRawFd::as_raw_fd).chain(vsock.as_ref().map(AsRawFd::as_raw_fd));
     let opened = options.jail.enter(&options.id, kept.collect())?;
+    // Before any thread is made, so that all inherit it.
+    vmm::isolation::refuse_merging().map_err(failed)?;
+    if options.core_scheduling {
+        vmm::isolation::take_core().map_err(failed)?;
+    }
     let log = Log::init(&logger(&options)).map_err(failed)?;
     // Before any thread is made, so that all inherit it.
     vmm::event_loop::ending_signals()
