@@ -6,6 +6,8 @@ pub mod container;
 mod conversation;
 pub mod disk;
 pub mod doctor;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod kernel;
 mod machine_api;
 mod names;
