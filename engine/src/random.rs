@@ -1,5 +1,7 @@
 //! Random numbers from the host's kernel.
 
+#![allow(unsafe_code, reason = "getrandom")]
+
 use std::io;
 
 /// Fills `bytes`.
