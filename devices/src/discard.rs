@@ -1,5 +1,7 @@
 //! Giving guest memory back to the host.
 
+#![allow(unsafe_code, reason = "madvise on guest memory")]
+
 use std::ptr::NonNull;
 
 use nix::errno::Errno;

@@ -159,6 +159,7 @@ impl Drop for Vectors {
 }
 
 #[cfg(test)]
+#[allow(unsafe_code, reason = "reads unions of KVM's")]
 mod tests {
     use super::*;
 

@@ -1,5 +1,7 @@
 //! Where files are in guest memory, as persistent memory.
 
+#![allow(unsafe_code, reason = "makes a mapping a memory slot of KVM")]
+
 use std::ops::Range;
 use std::sync::Arc;
 

@@ -9,7 +9,11 @@ mod fuzz;
 mod image;
 mod kernel;
 mod lab;
+#[cfg(test)]
+mod sources;
 mod test;
+#[cfg(test)]
+mod unsafety;
 
 use std::process::ExitCode;
 

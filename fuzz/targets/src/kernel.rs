@@ -43,7 +43,7 @@ pub fn kernel_import(input: &[u8]) {
             assert_eq!(kernels.list().unwrap(), [] as [String; 0]);
             return;
         };
-        assert_eq!(kernels.list().unwrap(), [kernel.name.clone()]);
+        assert_eq!(kernels.list().unwrap(), std::slice::from_ref(&kernel.name));
         assert_eq!(kernels.get(&kernel.name).unwrap(), kernel);
         assert!(kernel.image.starts_with(root.join("kernels")));
         let modules = kernel.image.with_file_name("modules");

@@ -4,6 +4,7 @@
 //! The programs of cargo-fuzz (`fuzz/fuzz_targets`) call these, and so do the tests of this crate,
 //! that need no nightly compiler: they try each seed and some mutations of it.
 
+#![forbid(unsafe_code)]
 #![allow(
     clippy::expect_used,
     clippy::panic,

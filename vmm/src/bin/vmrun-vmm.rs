@@ -1,5 +1,7 @@
 //! `vmrun-vmm`: one micro-VM, described by a Firecracker configuration file or over Firecracker's API.
 
+#![allow(unsafe_code, reason = "takes over descriptors named by the parent")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;

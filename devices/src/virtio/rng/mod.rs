@@ -1,5 +1,7 @@
 //! virtio-rng (virtio 1.2, 5.4): the host's random numbers.
 
+#![allow(unsafe_code, reason = "getrandom")]
+
 use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
