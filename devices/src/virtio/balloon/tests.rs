@@ -186,7 +186,7 @@ fn both_sides_say_how_large_the_balloon_is() {
 }
 
 #[test]
-fn hostile_pages_outside_memory_are_ignored_and_the_others_are_not() {
+fn hostile_13_pages_outside_memory_are_ignored_and_the_others_are_not() {
     let mut driver = driver();
     let last = (1 << 20) / PAGE as u32 - 1;
     driver.memory.write_obj(1u8, address(last)).unwrap();
@@ -200,7 +200,7 @@ fn hostile_pages_outside_memory_are_ignored_and_the_others_are_not() {
 }
 
 #[test]
-fn hostile_a_list_of_pages_may_be_split_anywhere_and_end_anywhere() {
+fn hostile_13_a_list_of_pages_may_be_split_anywhere_and_end_anywhere() {
     let mut driver = driver();
     let bytes: Vec<u8> = (0..4).flat_map(|page: u32| (FIRST + page).to_le_bytes()).collect();
     let buffer = driver.buffer(&bytes);
@@ -300,7 +300,7 @@ fn a_driver_is_told_of_a_command_that_was_there_before_it() {
 }
 
 #[test]
-fn hostile_hinting_commands_of_any_length_are_survived() {
+fn hostile_13_hinting_commands_of_any_length_are_survived() {
     let mut driver = driver();
     let device = driver.device.clone();
     device.lock().unwrap().start_hinting(true).unwrap();
@@ -397,7 +397,7 @@ fn statistics_cannot_be_enabled_or_disabled() {
 }
 
 #[test]
-fn hostile_more_than_one_buffer_of_statistics_waits() {
+fn hostile_13_more_than_one_buffer_of_statistics_waits() {
     let mut driver = driver();
     let huge = driver.buffer(&vec![0xff; 0x8000]);
     let odd = driver.buffer(&entry(4, 1)[..9]);
@@ -509,7 +509,7 @@ fn a_balloon_starts_without_optional_queues_only() {
 }
 
 #[test]
-fn hostile_a_chain_worth_many_events_lets_others_have_their_turn() {
+fn hostile_13_a_chain_worth_many_events_lets_others_have_their_turn() {
     let mut driver = test_driver::Driver::new(balloon());
     let features = driver.device().features();
     driver.activate(features, 256);
@@ -539,7 +539,7 @@ fn hostile_a_chain_worth_many_events_lets_others_have_their_turn() {
 }
 
 #[test]
-fn hostile_a_chain_that_is_replaced_half_way_harms_nobody() {
+fn hostile_6_a_chain_that_is_replaced_half_way_harms_nobody() {
     let mut driver = test_driver::Driver::new(balloon());
     let features = driver.device().features();
     driver.activate(features, 256);
@@ -555,7 +555,7 @@ fn hostile_a_chain_that_is_replaced_half_way_harms_nobody() {
 }
 
 #[test]
-fn hostile_only_the_actual_size_is_the_guests_to_write() {
+fn hostile_9_only_the_actual_size_is_the_guests_to_write() {
     let mut balloon = balloon();
     for (offset, data) in [
         (0, &[0xff; 4][..]),
