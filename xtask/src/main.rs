@@ -6,6 +6,8 @@ mod command;
 mod debian;
 mod demo;
 mod fuzz;
+#[cfg(test)]
+mod hostile;
 mod image;
 mod kernel;
 mod lab;
