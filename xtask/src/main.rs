@@ -1,4 +1,4 @@
-//! Chores of the project: `cargo xtask {build, test, lab, demo, kernel, bench, fuzz}`.
+//! Chores of the project: `cargo xtask {build, test, lab, demo, kernel, bench, fuzz, miri}`.
 
 mod bench;
 mod build;
@@ -11,6 +11,7 @@ mod hostile;
 mod image;
 mod kernel;
 mod lab;
+mod miri;
 #[cfg(test)]
 mod sources;
 mod test;
@@ -43,6 +44,8 @@ enum Task {
     Kernel(kernel::Arguments),
     /// Fuzz the parsers and devices, for a bounded time
     Fuzz(fuzz::Arguments),
+    /// Run unit tests under Miri
+    Miri,
     /// Run the benchmarks
     Bench(bench::Arguments),
     /// What the benchmarks run inside the lab
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
             0
         }),
         Task::Fuzz(arguments) => fuzz::fuzz(&arguments).map(|()| 0),
+        Task::Miri => miri::miri().map(|()| 0),
         Task::Bench(arguments) => bench::bench(&arguments).map(|()| 0),
         Task::Measure(arguments) => bench::measure(&arguments).map(|()| 0),
         Task::KeepVm => lab::keep_vm().map(|()| 0),

@@ -199,6 +199,27 @@ fn hostile_13_pages_outside_memory_are_ignored_and_the_others_are_not() {
     assert_eq!(driver.used(INFLATE).len(), 1);
 }
 
+/// HOSTILE.md 13: a page twice, and those that the queues are in.
+#[test]
+fn hostile_13_pages_given_twice_and_the_devices_own_are_survived() {
+    let mut driver = driver();
+    send_pages(&mut driver, INFLATE, &[3, 3, 4, 3]);
+    assert_eq!(gone(&driver, 10), [3, 4]);
+    assert_eq!(driver.used(INFLATE).len(), 1);
+    // All of memory, in the middle of which the list itself is.
+    let bytes: Vec<u8> = (0..256u32).flat_map(u32::to_le_bytes).collect();
+    let buffer = driver.buffer(&bytes);
+    driver.send(INFLATE, &[(buffer, bytes.len() as u32)], &[]);
+    driver.notify(INFLATE);
+    assert!(gone(&driver, 10).len() >= 2);
+    // The rings went with it, but the next driver has its own.
+    driver.start_again();
+    assert!(!driver.wants_reset());
+    driver.memory.write_obj(1u8, address(FIRST + 7)).unwrap();
+    send_pages(&mut driver, INFLATE, &[7]);
+    assert_eq!(driver.memory.read_obj::<u8>(address(FIRST + 7)).unwrap(), 0);
+}
+
 #[test]
 fn hostile_13_a_list_of_pages_may_be_split_anywhere_and_end_anywhere() {
     let mut driver = driver();
