@@ -3,4 +3,6 @@
 //! [`machine`] is the API of one micro-VM: Firecracker's objects, the requests made of them, and
 //! the trait of what answers.
 
+#![forbid(unsafe_code)]
+
 pub mod machine;

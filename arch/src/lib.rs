@@ -3,6 +3,8 @@
 //!
 //! Nothing here knows devices or containers. KVM appears only as the types of its registers.
 
+#![forbid(unsafe_code)]
+
 pub mod acpi;
 pub mod boot;
 pub mod cpuid;

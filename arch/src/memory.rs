@@ -143,6 +143,20 @@ mod tests {
                 prop_assert!(last <= layout::MMIO_HOLE || range.start >= layout::MMIO_HOLE_END);
             }
         }
+
+        /// Memory that is plugged, and the PCI bus's window behind that, lie on nothing else.
+        #[test]
+        fn what_is_behind_ram_is_apart_from_it(mib in 1u64..(1 << 24), plugged in 0u64..(1 << 20)) {
+            let size = mib << 20;
+            let above = above(size).0;
+            prop_assert!(above.is_multiple_of(1 << 30) && above >= layout::MMIO_HOLE_END);
+            for (start, size) in regions(size) {
+                prop_assert!(start.0 + size as u64 <= above);
+            }
+            let end = above + (plugged << 20);
+            let window = layout::pci_memory_64(end);
+            prop_assert!(window >= end && window.is_multiple_of(layout::PCI_MEMORY_64_SIZE));
+        }
     }
 
     #[test]

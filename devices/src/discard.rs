@@ -1,5 +1,7 @@
 //! Giving guest memory back to the host.
 
+#![allow(unsafe_code, reason = "madvise on guest memory")]
+
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
@@ -183,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_what_is_not_all_memory_is_refused_and_untouched() {
+    fn hostile_13_what_is_not_all_memory_is_refused_and_untouched() {
         let (memory, _file) = shared();
         for (start, length) in [
             (0, PAGE),

@@ -6,6 +6,8 @@
 //! (unix(7), SCM_RIGHTS). Either must be open in the way that is wanted, and no wider: a disk that
 //! is read-only for the guest is so by its descriptor.
 
+#![allow(unsafe_code, reason = "takes over descriptors that were handed over")]
+
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSliceMut, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

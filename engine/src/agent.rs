@@ -217,7 +217,7 @@ impl Control {
     }
 
     /// Over a stream that others have greeted.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn over(stream: UnixStream) -> Control {
         Control { stream }
     }

@@ -34,8 +34,8 @@ const LARGER: u64 = 64 << 20;
 pub struct Policy {
     /// Parts of the jail to go on without.
     pub unconfined: Vec<Step>,
-    /// The cgroup below which each VMM gets one; without it that is `vmrun` for root, and the one
-    /// above their own for others.
+    /// The cgroup below which each VMM gets one, instead of `vmrun`; without a slash in front it
+    /// begins, for others than root, at the cgroup above the caller's own.
     pub cgroup_parent: Option<PathBuf>,
 }
 
@@ -69,10 +69,9 @@ impl Confinement {
     /// The jail of a VMM to come.
     pub fn new(policy: &Policy) -> io::Result<Confinement> {
         let root = nix::unistd::geteuid().is_root();
-        let default = if root { "vmrun" } else { "" };
         Ok(Confinement {
             user: root.then(|| User::take(Path::new(LOCKS))).transpose()?,
-            parent: policy.cgroup_parent.clone().unwrap_or_else(|| default.into()),
+            parent: policy.cgroup_parent.clone().unwrap_or_else(|| "vmrun".into()),
             unconfined: policy.unconfined.clone(),
         })
     }

@@ -1,5 +1,7 @@
 //! Sparse files with an empty ext4 file system: writable layers and volumes.
 
+#![allow(unsafe_code, reason = "lseek to data and holes, with 64-bit offsets")]
+
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;

@@ -1,6 +1,8 @@
 //! Handing a file to a VMM that runs: it connects to a socket in the folder that it sees, and is
 //! sent a descriptor.
 
+#![allow(unsafe_code, reason = "takes over a descriptor in a test")]
+
 use std::fs::{File, Permissions};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};

@@ -7,6 +7,8 @@ pub mod container;
 mod conversation;
 pub mod disk;
 pub mod doctor;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod gift;
 pub mod kernel;
 mod machine_api;

@@ -138,7 +138,7 @@ impl Forwarding {
     }
 
     /// One that no signal reaches.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn idle(machine: OwnedFd) -> Forwarding {
         Forwarding { state: Arc::default(), machine: Arc::new(machine) }
     }

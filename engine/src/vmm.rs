@@ -1,5 +1,7 @@
 //! Starting a VMM and watching it.
 
+#![allow(unsafe_code, reason = "runs code between fork and exec")]
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

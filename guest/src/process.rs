@@ -1,5 +1,7 @@
 //! The image's process: PID 1 of a PID namespace of its own, as it would be in a container.
 
+#![allow(unsafe_code, reason = "ioctls, and code between fork and exec")]
+
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::{self, File};

@@ -147,6 +147,8 @@ fn parse_group(line: &str) -> Option<Group> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken\n:x:1:1::/:\napp:x:1000:1001:App:/home/app:/bin/sh\n77:x:500:500::/odd:\n";
@@ -198,5 +200,26 @@ mod tests {
         assert!(resolve_in(passwd, group, "also", &[]).is_err());
         assert!(resolve_in(PASSWD, group, "app:evil", &[]).is_err());
         assert_eq!(resolve_in(PASSWD, group, "app", &[]).unwrap().groups, [] as [u32; 0]);
+    }
+
+    proptest! {
+        /// HOSTILE.md 20: the image's files may hold anything. Whoever is found has ids that mean what
+        /// they say, and a number is that user.
+        #[test]
+        fn hostile_20_any_passwd_gives_ids_in_range(
+            passwd in "([a-c]|:|0|4294967295|-1|1000|\n|.){0,60}",
+            group in "([a-c]|:|,|7|4294967295|\n){0,60}",
+            user in "([a-c]|:|0|1000|2147483647|4294967295|-|\\+){0,4}",
+        ) {
+            if let Ok(found) = resolve_in(&passwd, &group, &user, &["7".to_owned()]) {
+                let ids = [&[found.uid, found.gid][..], &found.groups].concat();
+                prop_assert!(ids.iter().all(|id| *id <= MAX_ID));
+                prop_assert!(found.groups.contains(&7) && !found.home.is_empty());
+                let name = user.split(':').next().unwrap_or_default();
+                if let Ok(number) = name.parse::<u32>() {
+                    prop_assert_eq!(found.uid, number);
+                }
+            }
+        }
     }
 }

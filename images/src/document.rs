@@ -15,7 +15,7 @@ pub const DOCUMENT_MAX: u64 = 4 << 20;
 /// The most layers of an image. Docker's own limit is 127.
 pub const LAYERS_MAX: usize = 256;
 /// The most entries of an index.
-const INDEX_MAX: usize = 4096;
+pub const INDEX_MAX: usize = 4096;
 
 /// Media type of an OCI image manifest.
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";

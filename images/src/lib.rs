@@ -16,6 +16,8 @@
 //! # }
 //! ```
 
+#![forbid(unsafe_code)]
+
 pub mod archive;
 mod digest;
 pub mod document;

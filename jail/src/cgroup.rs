@@ -95,7 +95,7 @@ impl Cgroup {
                 continue;
             }
             fs::write(&path, format!("+{controller}")).map_err(|error| {
-                let what = format!("controller {controller} below {}", group.display());
+                let what = format!("{file}: controller {controller} below {}", group.display());
                 let error = match error.raw_os_error() {
                     Some(libc::EBUSY) => other("that cgroup has processes of its own"),
                     Some(libc::EACCES) => other(

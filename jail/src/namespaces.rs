@@ -2,6 +2,8 @@
 //! nobody in the new user namespace may; the other is the first process in the new namespace of
 //! process ids.
 
+#![allow(unsafe_code, reason = "forks, which is sound in a process of one thread")]
+
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

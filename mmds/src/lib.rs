@@ -5,6 +5,8 @@
 //! that takes the guest's frames before they reach the TAP. Nothing here does I/O or has a thread,
 //! and the time is passed in, counted from any fixed point, the same for all calls.
 
+#![forbid(unsafe_code)]
+
 mod http;
 mod metrics;
 pub mod random;

@@ -3,6 +3,8 @@
 //!
 //! Nothing here is collected or written: that is the affair of whoever runs the parts.
 
+#![forbid(unsafe_code)]
+
 mod complaint;
 mod reading;
 

@@ -1,5 +1,7 @@
 //! What a user at a terminal sees: `-t` and `-it`.
 
+#![allow(unsafe_code, reason = "runs code between fork and exec")]
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};

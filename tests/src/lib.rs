@@ -3,6 +3,7 @@
 //! The tests run in the lab, as root, with the built programs on PATH and with images that
 //! `prepare` made on the host. See `cargo xtask test`.
 
+#![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test harness fails by panicking")]
 
 pub mod api;

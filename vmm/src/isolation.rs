@@ -1,6 +1,8 @@
 //! What the kernel is asked for so that neighbours learn nothing of a machine by what they share with
 //! it: pages and processor cores. Both are properties of the process; ask before it makes threads.
 
+#![allow(unsafe_code, reason = "prctl options that no crate knows")]
+
 use std::io;
 
 /// The kernel does not grant it.

@@ -1,6 +1,8 @@
 //! Putting a machine together, in the order that KVM is quickest with: memory slots before the
 //! interrupt controllers, notifications last, and no slot changed after that.
 
+#![allow(unsafe_code, reason = "takes over a descriptor as KVM's")]
+
 mod hotplug;
 
 use std::collections::HashMap;

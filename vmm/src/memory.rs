@@ -1,5 +1,7 @@
 //! Guest memory: its pieces as mappings of this process.
 
+#![allow(unsafe_code, reason = "madvise on guest memory")]
+
 use std::fs::File;
 use std::sync::Arc;
 

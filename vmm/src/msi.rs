@@ -50,12 +50,11 @@ impl Routing {
     }
 
     fn set(&self, gsi: u32, message: Message) -> Result<(), StartError> {
-        let mut messages = lock(&self.messages);
-        messages.insert(gsi, Some(message));
-        let failed = StartError::device::<vmm_sys_util::fam::Error>;
-        // KVM knows no change of a single entry.
-        let table = KvmIrqRouting::from_entries(&table(&messages)).map_err(failed("MSI"))?;
-        self.vm.set_gsi_routing(&table).map_err(StartError::kvm("KVM_SET_GSI_ROUTING"))
+        set(&mut lock(&self.messages), gsi, message, |table| {
+            let failed = StartError::device::<vmm_sys_util::fam::Error>;
+            let table = KvmIrqRouting::from_entries(table).map_err(failed("MSI"))?;
+            self.vm.set_gsi_routing(&table).map_err(StartError::kvm("KVM_SET_GSI_ROUTING"))
+        })
     }
 
     /// An interrupt that nothing raises any more is free. It leaves KVM's table with the next change.
@@ -69,6 +68,21 @@ fn take(messages: &mut BTreeMap<u32, Option<Message>>) -> Option<u32> {
     let gsi = (FIRST_MESSAGE..).find(|gsi| !messages.contains_key(gsi))?;
     (pins + messages.len() < MAX_ROUTES).then(|| messages.insert(gsi, None))?;
     Some(gsi)
+}
+
+/// Has a table put in place in which an interrupt means this; where that is refused, it means what it
+/// did. KVM knows no change of a single entry, so that one message which cannot be would otherwise
+/// keep all others out from then on.
+fn set<E>(
+    messages: &mut BTreeMap<u32, Option<Message>>,
+    gsi: u32,
+    message: Message,
+    install: impl FnOnce(&[kvm_irq_routing_entry]) -> Result<(), E>,
+) -> Result<(), E> {
+    let before = messages.insert(gsi, Some(message)).flatten();
+    install(&table(messages)).inspect_err(|_| {
+        messages.insert(gsi, before);
+    })
 }
 
 /// The whole table. Of the pins it says what KVM says by default: each interrupt is the I/O APIC's pin
@@ -159,7 +173,11 @@ impl Drop for Vectors {
 }
 
 #[cfg(test)]
+#[allow(unsafe_code, reason = "reads unions of KVM's")]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     /// Interrupt, controller, pin.
@@ -188,6 +206,46 @@ mod tests {
             assert!(pins.contains(&(gsi, chip, pin)), "{gsi}");
         }
         assert!(!pins.iter().any(|(gsi, chip, _)| *gsi > 15 && *chip != KVM_IRQCHIP_IOAPIC));
+    }
+
+    /// HOSTILE.md 9: a guest's table may hold anything.
+    #[test]
+    fn hostile_9_a_message_that_is_refused_keeps_no_other_out() {
+        let mut messages = BTreeMap::new();
+        let gsis = [take(&mut messages).unwrap(), take(&mut messages).unwrap()];
+        let good = Message { address: 0xfee0_0000, data: 0x4020 };
+        let bad = Message { address: 0xff_0000_0000, data: 0 };
+        let refuse = |table: &[kvm_irq_routing_entry]| {
+            let is_bad = |entry: &kvm_irq_routing_entry| {
+                // SAFETY: the type says that it is this member.
+                entry.type_ == KVM_IRQ_ROUTING_MSI && unsafe { entry.u.msi }.address_hi == 0xff
+            };
+            if table.iter().any(is_bad) { Err(()) } else { Ok(()) }
+        };
+        assert_eq!(set(&mut messages, gsis[0], bad, refuse), Err(()));
+        assert_eq!(set(&mut messages, gsis[1], good, refuse), Ok(()));
+        assert_eq!(set(&mut messages, gsis[1], bad, refuse), Err(()));
+        assert_eq!(messages, BTreeMap::from([(gsis[0], None), (gsis[1], Some(good))]));
+    }
+
+    proptest! {
+        /// Whatever comes and goes, an interrupt is one function's, and no pin's.
+        #[test]
+        fn the_lowest_interrupt_that_is_free_is_taken(steps in vec(any::<(bool, u8)>(), 0..200)) {
+            let mut messages = BTreeMap::new();
+            for (takes, which) in steps {
+                if takes {
+                    let before: Vec<u32> = messages.keys().copied().collect();
+                    let lowest = (FIRST_MESSAGE..).find(|gsi| !before.contains(gsi));
+                    prop_assert_eq!(take(&mut messages), lowest);
+                    prop_assert_eq!(messages.len(), before.len() + 1);
+                } else if !messages.is_empty() {
+                    let which = usize::from(which) % messages.len();
+                    let gsi = *messages.keys().nth(which).unwrap();
+                    messages.remove(&gsi);
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Where files are in guest memory, as persistent memory.
 
+#![allow(unsafe_code, reason = "makes a mapping a memory slot of KVM")]
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -123,9 +125,51 @@ fn free(places: &[PmemPlace], within: &Range<u64>, id: &str, size: u64) -> Optio
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     const MIB: u64 = 1 << 20;
+
+    proptest! {
+        /// Whatever comes and goes, no two files have a number or an address in common, and one is
+        /// only refused where there is no room.
+        #[test]
+        fn files_are_apart_and_inside(
+            start in 0u64..1000,
+            room in 0u64..64,
+            steps in vec((any::<bool>(), 1u64..20, any::<u8>()), 0..100),
+        ) {
+            let within = start * MIB..start * MIB + room * MIB;
+            let mut places: Vec<PmemPlace> = Vec::new();
+            for (adds, size, which) in steps {
+                if !adds && !places.is_empty() {
+                    places.swap_remove(usize::from(which) % places.len());
+                    continue;
+                }
+                let size = size * MIB;
+                let fits = |start: u64| {
+                    let apart = |other: &PmemPlace| {
+                        start + size <= other.addresses.start || other.addresses.end <= start
+                    };
+                    start + size <= within.end && places.iter().all(apart)
+                };
+                let mut starts = (within.start.next_multiple_of(ALIGNMENT)..within.end)
+                    .step_by(ALIGNMENT as usize);
+                let lowest = starts.find(|start| fits(*start));
+                let numbers: Vec<u32> = places.iter().map(|place| place.number).collect();
+                let lowest = lowest.filter(|_| places.len() < MOST as usize);
+                let found = free(&places, &within, "x", size);
+                prop_assert_eq!(found.as_ref().map(|place| place.addresses.start), lowest);
+                if let Some(found) = found {
+                    prop_assert_eq!(found.size(), size);
+                    prop_assert!(found.number < MOST && !numbers.contains(&found.number));
+                    places.push(found);
+                }
+            }
+        }
+    }
 
     #[test]
     fn files_are_put_one_behind_the_other_and_into_gaps() {

@@ -1,5 +1,7 @@
 //! KVM's memory slots: which numbers are whose, and those that come and go.
 
+#![allow(unsafe_code, reason = "makes mappings memory slots of KVM")]
+
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};

@@ -4,6 +4,8 @@
 //! handler sets `immediate_exit`: `KVM_RUN` then finishes the access that the guest was in and
 //! returns (KVM API, 5), so that a processor always stands between two instructions.
 
+#![allow(unsafe_code, reason = "a signal handler writes to the page shared with KVM")]
+
 use std::cell::Cell;
 use std::os::raw::{c_int, c_void};
 use std::ptr;

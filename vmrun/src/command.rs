@@ -102,7 +102,8 @@ pub struct ConfinementArguments {
     /// landlock or seccomp. Each takes away a wall between the guest and the host
     #[arg(long, value_name = "PART", env = "VMRUN_UNCONFINED", value_delimiter = ',')]
     pub unconfined: Vec<Step>,
-    /// Make the VMM's cgroup below this one [default: vmrun, or if not root the one above the caller's own]
+    /// Make the VMM's cgroup below this one which, without a slash in front, begins for others than root
+    /// above the caller's own [default: vmrun]
     #[arg(long, value_name = "PATH", env = "VMRUN_CGROUP_PARENT")]
     pub cgroup_parent: Option<PathBuf>,
 }

@@ -1,5 +1,7 @@
 //! `vmrun`: container images as micro-VMs.
 
+#![forbid(unsafe_code)]
+
 mod bars;
 mod clone;
 mod command;

@@ -1,4 +1,4 @@
-//! Chores of the project: `cargo xtask {build, test, lab, demo, kernel, bench, fuzz, reproduce, supply, sbom}`.
+//! Chores of the project: `cargo xtask {build, test, lab, demo, kernel, bench, fuzz, miri, reproduce, supply, sbom}`.
 
 mod bench;
 mod build;
@@ -6,12 +6,19 @@ mod command;
 mod debian;
 mod demo;
 mod fuzz;
+#[cfg(test)]
+mod hostile;
 mod image;
 mod kernel;
 mod lab;
+mod miri;
 mod reproduce;
+#[cfg(test)]
+mod sources;
 mod supply;
 mod test;
+#[cfg(test)]
+mod unsafety;
 
 use std::process::ExitCode;
 
@@ -39,6 +46,8 @@ enum Task {
     Kernel(kernel::Arguments),
     /// Fuzz the parsers and devices, for a bounded time
     Fuzz(fuzz::Arguments),
+    /// Run unit tests under Miri
+    Miri,
     /// Build twice in different places and compare the programs
     Reproduce,
     /// Check licences, duplicates, sources, advisories, and what programs must not link
@@ -66,6 +75,7 @@ fn main() -> ExitCode {
             0
         }),
         Task::Fuzz(arguments) => fuzz::fuzz(&arguments).map(|()| 0),
+        Task::Miri => miri::miri().map(|()| 0),
         Task::Reproduce => reproduce::reproduce().map(|()| 0),
         Task::Supply => supply::check().map(|()| 0),
         Task::Sbom => supply::write_sbom().map(|()| 0),

@@ -1,6 +1,8 @@
 //! The machine's API over HTTP/1.1 on a Unix socket. It knows connections and bytes; what requests
 //! mean is [`route`](super::route)'s affair, and carrying them out the machine's.
 
+use std::cell::Cell;
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -17,12 +19,14 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::sync::{Semaphore, oneshot};
+use tokio::task::AbortHandle;
 
 use super::requests::RequestMetrics;
 use super::route::{Method, Routed, route};
 use super::{API_VERSION, MachineAnswer, MachineError, MachineRequest};
 
-/// Clients served at once; the next waits for one to go.
+/// Clients connected at once. The next takes the place of the oldest that waits for no answer; where
+/// all do, it waits too.
 const MAX_CLIENTS: usize = 64;
 const JSON: &str = "application/json";
 /// Says that a client uses what will go away.
@@ -56,10 +60,8 @@ pub fn serve(
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+        let mut clients = VecDeque::<Client>::new();
         loop {
-            let Ok(place) = places.clone().acquire_owned().await else {
-                return Err(io::Error::other("no more clients can be served"));
-            };
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
@@ -69,11 +71,25 @@ pub fn serve(
                     continue;
                 }
             };
+            // Clients that say nothing, or not all of it, must not keep others out.
+            clients.retain(|client| !client.task.is_finished());
+            if places.available_permits() == 0
+                && let Some(oldest) = clients.iter().position(|client| !client.is_served.get())
+                && let Some(client) = clients.remove(oldest)
+            {
+                telemetry::limited_warning!("the API has more than {MAX_CLIENTS} clients");
+                client.task.abort();
+            }
+            let Ok(place) = places.clone().acquire_owned().await else {
+                return Err(io::Error::other("no more clients can be served"));
+            };
             let server = server.clone();
-            tokio::task::spawn_local(async move {
+            let is_served = Rc::new(Cell::new(false));
+            let is_asking = is_served.clone();
+            let task = tokio::task::spawn_local(async move {
                 let service = service_fn(|request| {
-                    let server = server.clone();
-                    async move { Ok::<_, Infallible>(server.answer(request).await) }
+                    let (server, is_served) = (server.clone(), is_asking.clone());
+                    async move { Ok::<_, Infallible>(server.answer(request, &is_served).await) }
                 });
                 let connection = hyper::server::conn::http1::Builder::new()
                     .half_close(true)
@@ -83,8 +99,16 @@ pub fn serve(
                 }
                 drop(place);
             });
+            clients.push_back(Client { task: task.abort_handle(), is_served });
         }
     })
+}
+
+/// A connection.
+struct Client {
+    task: AbortHandle,
+    /// Whether the machine is at a request of its.
+    is_served: Rc<Cell<bool>>,
 }
 
 /// What all connections share.
@@ -95,7 +119,11 @@ struct Server<F> {
 }
 
 impl<F: Fn(Call)> Server<F> {
-    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        is_served: &Cell<bool>,
+    ) -> Response<Full<Bytes>> {
         let (head, body) = request.into_parts();
         let path = head.uri.path();
         let method = match head.method {
@@ -113,7 +141,7 @@ impl<F: Fn(Call)> Server<F> {
                 return response;
             }
         };
-        let response = self.carry_out(method, path, body).await;
+        let response = self.carry_out(method, path, body, is_served).await;
         let refused = !response.status().is_success();
         let mut metrics = self.metrics.lock().unwrap_or_else(PoisonError::into_inner);
         metrics.count(method, path, refused);
@@ -122,7 +150,13 @@ impl<F: Fn(Call)> Server<F> {
         response
     }
 
-    async fn carry_out(&self, method: Method, path: &str, body: Incoming) -> Response<Full<Bytes>> {
+    async fn carry_out(
+        &self,
+        method: Method,
+        path: &str,
+        body: Incoming,
+        is_served: &Cell<bool>,
+    ) -> Response<Full<Bytes>> {
         let limit = self.payload_limit;
         let body = match Limited::new(body, limit).collect().await {
             Ok(body) => body.to_bytes(),
@@ -141,7 +175,10 @@ impl<F: Fn(Call)> Server<F> {
         tracing::debug!("API: {} {path}", method.name());
         let (reply, answered) = oneshot::channel();
         (self.submit)(Call { request, received: Instant::now(), reply });
-        let mut response = match answered.await {
+        is_served.set(true);
+        let answer = answered.await;
+        is_served.set(false);
+        let mut response = match answer {
             Ok(Ok(answer)) => success(answer),
             Ok(Err(error)) => {
                 telemetry::limited_warning!("API: {} {path}: {error}", method.name());
@@ -283,14 +320,120 @@ mod tests {
     #[test]
     fn one_connection_carries_many_requests() {
         let (_folder, path) = server();
-        let one = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n";
-        let answer = exchange(&path, &one.repeat(3));
+        let answer = exchange(&path, &VERSION.repeat(3));
         assert_eq!(answer.matches("HTTP/1.1 200 OK").count(), 3, "{answer}");
     }
 
-    /// HOSTILE.md 23: what is no HTTP, or never ends, hurts nobody else.
+    const VERSION: &str = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+    /// HOSTILE.md 24: more clients than are served at once, silent or in the middle of a request.
     #[test]
-    fn hostile_23_garbage_is_survived() {
+    fn hostile_24_a_crowd_of_silent_clients_keeps_nobody_out() {
+        let (_folder, path) = server();
+        let pause = r#"{"state": "Paused"}"#;
+        let head = format!("PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n", pause.len());
+        let mut crowd = Vec::new();
+        for number in 0..4 * MAX_CLIENTS {
+            let mut client = UnixStream::connect(&path).unwrap();
+            // A client that was sent away cannot be written to.
+            let _ = client.write_all(["", "GET /ver", &head][number % 3].as_bytes());
+            crowd.push(client);
+        }
+        let answer = exchange(&path, VERSION);
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        // The newest of them were kept, and go on where they were.
+        let mut last = crowd.pop().unwrap();
+        last.write_all(VERSION.as_bytes()).unwrap();
+        let mut start = [0; 12];
+        last.read_exact(&mut start).unwrap();
+        assert_eq!(&start, b"HTTP/1.1 200");
+        let mut first = crowd.swap_remove(0);
+        assert_eq!(first.read(&mut start).unwrap_or(0), 0);
+    }
+
+    /// HOSTILE.md 24: a header without end, and bodies of other lengths than announced.
+    #[test]
+    fn hostile_24_requests_that_do_not_end_where_they_say_are_not_carried_out() {
+        let (folder, path) = (tempfile::tempdir().unwrap(), std::path::PathBuf::from("api"));
+        let path = folder.path().join(path);
+        let listener = UnixListener::bind(&path).unwrap();
+        let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let count = asked.clone();
+        std::thread::spawn(move || {
+            serve(listener, 100, Arc::default(), move |call| {
+                count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                let _ = call.reply.send(Ok(MachineAnswer::Done));
+            })
+        });
+        let asked = || asked.load(std::sync::atomic::Ordering::SeqCst);
+        let pause = r#"{"state": "Paused"}"#;
+        let patch = |length: usize| {
+            format!("PATCH /vm HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{pause}")
+        };
+        // Shorter than announced.
+        exchange(&path, &patch(pause.len() + 1));
+        // Twice announced, and not the same.
+        let twice = patch(pause.len()).replace("Host: x", "Content-Length: 3");
+        let answer = exchange(&path, &twice);
+        assert!(!answer.contains("204"), "{answer}");
+        // A length, and chunks as well: what is behind the last chunk must be no request of its own.
+        let both = patch(pause.len()).replace("Host: x", "Transfer-Encoding: chunked");
+        let answer = exchange(&path, &both);
+        assert!(!answer.contains("204"), "{answer}");
+        assert_eq!(asked(), 0);
+        // Longer than announced: the rest is a request, and none.
+        let answer = exchange(&path, &format!("{}{{}}\r\n\r\n", patch(pause.len())));
+        assert_eq!(answer.matches("HTTP/1.1 ").count(), 2, "{answer}");
+        assert!(answer.starts_with("HTTP/1.1 204") && answer.contains("HTTP/1.1 400"), "{answer}");
+        assert_eq!(asked(), 1);
+        let mut client = UnixStream::connect(&path).unwrap();
+        let _ = client.write_all(b"GET /version HTTP/1.1\r\n");
+        let line = format!("X: {}\r\n", "y".repeat(1000));
+        // It is cut off long before this has an end.
+        let sent = (0..100_000).take_while(|_| client.write_all(line.as_bytes()).is_ok()).count();
+        assert!(sent < 100_000);
+        assert!(exchange(&path, VERSION).starts_with("HTTP/1.1 204"));
+        assert_eq!(asked(), 2);
+    }
+
+    /// HOSTILE.md 24: two at once, one of whom has to wait for its answer.
+    #[test]
+    fn hostile_24_a_request_that_takes_long_is_alone_in_that() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api");
+        let listener = UnixListener::bind(&path).unwrap();
+        let waiting = Arc::new(Mutex::new(None));
+        let slow = waiting.clone();
+        std::thread::spawn(move || {
+            serve(listener, 100, Arc::default(), move |call| match call.request {
+                MachineRequest::Pause => *slow.lock().unwrap() = Some(call.reply),
+                _ => drop(call.reply.send(Ok(MachineAnswer::Version))),
+            })
+        });
+        let body = r#"{"state": "Paused"}"#;
+        let mut client = UnixStream::connect(&path).unwrap();
+        let head = format!("PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n", body.len());
+        client.write_all(format!("{head}{body}").as_bytes()).unwrap();
+        // Neither another request nor a crowd takes its place.
+        let crowd: Vec<_> =
+            (0..2 * MAX_CLIENTS).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        assert!(exchange(&path, VERSION).starts_with("HTTP/1.1 200"));
+        let reply = loop {
+            if let Some(reply) = waiting.lock().unwrap().take() {
+                break reply;
+            }
+            std::thread::yield_now();
+        };
+        let _ = reply.send(Ok(MachineAnswer::Done));
+        let mut start = [0; 12];
+        client.read_exact(&mut start).unwrap();
+        assert_eq!(&start, b"HTTP/1.1 204");
+        drop(crowd);
+    }
+
+    /// HOSTILE.md 24: what is no HTTP, or never ends, hurts nobody else.
+    #[test]
+    fn hostile_24_garbage_is_survived() {
         let (_folder, path) = server();
         let _silent: Vec<_> = (0..20).map(|_| UnixStream::connect(&path).unwrap()).collect();
         let long = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(1 << 20));

@@ -284,6 +284,9 @@ impl BusDevice for MemoryWindow {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
     use crate::pci::configuration::Identity;
 
@@ -391,6 +394,64 @@ pub(crate) mod tests {
 
     fn register(slot: u64, offset: u64) -> u64 {
         ECAM + (slot << 15) + offset
+    }
+
+    proptest! {
+        /// Whatever comes and goes, and wherever a guest moves BARs in between: a new function's are
+        /// in a window, aligned, on no other one's, and as low as they can be there.
+        #[test]
+        fn bars_are_put_where_there_is_room(
+            steps in vec((0u8..4, 0u8..32, 12u32..21, any::<u16>()), 0..60)
+        ) {
+            let guest = Guest::new();
+            for (what, slot, bits, place) in steps {
+                let size = 1u64 << bits;
+                let mut bus = guest.bus.lock().unwrap();
+                let taken = bus.taken();
+                match what {
+                    0 if slot > 0 => drop(bus.remove(slot)),
+                    1 if slot > 0 => {
+                        let Some(function) = bus.function(slot).cloned() else { continue };
+                        let address = WINDOW.start + (u64::from(place) << 12);
+                        lock(&function).configuration_mut().set_bar(0, address);
+                        bus.update_mappings(slot);
+                    }
+                    _ => {
+                        let free = |start: u64| {
+                            taken.iter().all(|at| start + size <= at.start || at.end <= start)
+                        };
+                        let mut starts = [WINDOW, HIGH].into_iter().flat_map(|window| {
+                            let end = window.end.min(window.start + (1 << 30));
+                            (window.start.next_multiple_of(size)..end)
+                                .step_by(size as usize)
+                                .filter(move |start| start + size <= window.end)
+                        });
+                        let lowest = starts.find(|start| free(*start));
+                        match bus.insert(None, function(&[(0, size)])) {
+                            Ok(slot) => {
+                                let function = bus.function(slot).unwrap().clone();
+                                let at = lock(&function).configuration().bars().next().unwrap().1;
+                                prop_assert_eq!((Some(at.start), at.end - at.start), (lowest, size));
+                            }
+                            Err(InsertError::Slot) => {
+                                prop_assert!(bus.functions.iter().all(Option::is_some));
+                            }
+                            Err(error) => prop_assert!(false, "{}", error),
+                        }
+                    }
+                }
+                // What answers is what the sink was told.
+                let mut mapped: Vec<_> = bus
+                    .mappings
+                    .iter()
+                    .map(|mapping| (mapping.slot, mapping.bar, mapping.addresses.start))
+                    .collect();
+                let mut told = guest.map.get();
+                mapped.sort_unstable();
+                told.sort_unstable();
+                prop_assert_eq!(mapped, told);
+            }
+        }
     }
 
     #[test]

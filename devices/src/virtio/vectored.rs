@@ -1,6 +1,8 @@
 //! One system call between a descriptor of the host and buffers of the guest, without a copy in
 //! between.
 
+#![allow(unsafe_code, reason = "readv and writev of guest memory")]
+
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};

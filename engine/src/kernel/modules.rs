@@ -18,6 +18,8 @@ const WELCOME: [&str; 5] = ["virtio_net", "virtio_console", "virtio_rng", "af_pa
 const FIRST: [&str; 2] = ["crc32c_generic", "crc32c_intel"];
 /// Most bytes that one module unpacks to.
 const MAX_MODULE: u64 = 64 << 20;
+/// Most bytes that all that a guest needs unpack to: they are in its memory before it does anything.
+const MAX_TOTAL: u64 = 256 << 20;
 
 /// A kernel's modules by name, and the names of those built in.
 #[derive(Default)]
@@ -61,46 +63,53 @@ fn name_of(file: &str) -> Option<String> {
 
 /// The modules a guest needs and those they depend on, each after what it depends on.
 pub fn choose(path: &Path, tree: &Tree) -> Result<Vec<Module>, KernelError> {
-    let mut chosen = Vec::new();
-    let mut done = BTreeSet::new();
     for name in REQUIRED {
         if !tree.built_in.contains(name) && !tree.modules.contains_key(name) {
             return Err(KernelError::Lacks { path: path.to_owned(), what: name.to_owned() });
         }
     }
+    let mut choice =
+        Choice { path, tree, done: BTreeSet::new(), left: MAX_TOTAL, chosen: Vec::new() };
     for name in FIRST.iter().chain(&REQUIRED).chain(&WELCOME) {
-        add(path, tree, name, 0, &mut done, &mut chosen)?;
+        choice.add(name, 0)?;
     }
-    Ok(chosen)
+    Ok(choice.chosen)
 }
 
-fn add(
-    path: &Path,
-    tree: &Tree,
-    name: &str,
-    depth: usize,
-    done: &mut BTreeSet<String>,
-    chosen: &mut Vec<Module>,
-) -> Result<(), KernelError> {
-    let Some(packed) = tree.modules.get(name) else { return Ok(()) };
-    // A module that needs itself, however far round, is only taken once.
-    if depth > 64 || !done.insert(name.to_owned()) {
-        return Ok(());
-    }
-    let malformed = |reason: &str| KernelError::Malformed {
-        path: path.to_owned(),
-        reason: format!("module {name}: {reason}"),
-    };
-    let bytes = unpack(packed).map_err(|error| malformed(&error.to_string()))?;
-    let needs = dependencies(&bytes).ok_or_else(|| malformed("not an ELF file"))?;
-    for need in needs {
-        add(path, tree, &need, depth + 1, done, chosen)?;
-    }
-    chosen.push(Module { file: format!("{name}.ko"), bytes });
-    Ok(())
+/// What was chosen so far.
+struct Choice<'a> {
+    path: &'a Path,
+    tree: &'a Tree,
+    done: BTreeSet<String>,
+    /// Bytes that more modules may unpack to.
+    left: u64,
+    chosen: Vec<Module>,
 }
 
-fn unpack(packed: &[u8]) -> std::io::Result<Vec<u8>> {
+impl Choice<'_> {
+    fn add(&mut self, name: &str, depth: usize) -> Result<(), KernelError> {
+        let Some(packed) = self.tree.modules.get(name) else { return Ok(()) };
+        // A module that needs itself, however far round, is only taken once.
+        if depth > 64 || !self.done.insert(name.to_owned()) {
+            return Ok(());
+        }
+        let malformed = |reason: &str| KernelError::Malformed {
+            path: self.path.to_owned(),
+            reason: format!("module {name}: {reason}"),
+        };
+        let bytes = unpack(packed, self.left).map_err(|error| malformed(&error.to_string()))?;
+        let needs = dependencies(&bytes).ok_or_else(|| malformed("not an ELF file"))?;
+        self.left = self.left.saturating_sub(bytes.len() as u64);
+        for need in needs {
+            self.add(&need, depth + 1)?;
+        }
+        self.chosen.push(Module { file: format!("{name}.ko"), bytes });
+        Ok(())
+    }
+}
+
+/// Unpacks a module that there are so many bytes left for.
+fn unpack(packed: &[u8], left: u64) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut reader: Box<dyn Read + '_> = match packed {
         [0xfd, b'7', b'z', b'X', b'Z', ..] => Box::new(xz2::read::XzDecoder::new(packed)),
@@ -108,11 +117,14 @@ fn unpack(packed: &[u8]) -> std::io::Result<Vec<u8>> {
         [0x1f, 0x8b, ..] => Box::new(flate2::read::GzDecoder::new(packed)),
         _ => Box::new(packed),
     };
-    reader.by_ref().take(MAX_MODULE + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_MODULE {
-        return Err(std::io::Error::other("it unpacks to more than 64 MiB"));
+    reader.by_ref().take(MAX_MODULE.min(left) + 1).read_to_end(&mut bytes)?;
+    match bytes.len() as u64 {
+        size if size > MAX_MODULE => Err(std::io::Error::other("it unpacks to more than 64 MiB")),
+        size if size > left => Err(std::io::Error::other(
+            "with the modules that it needs, it unpacks to more than 256 MiB",
+        )),
+        _ => Ok(bytes),
     }
-    Ok(bytes)
 }
 
 /// Names that a module's `depends=` lists, in its `.modinfo` section.

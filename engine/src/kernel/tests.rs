@@ -171,6 +171,20 @@ fn hostile_22_module_trees_that_lie_end() {
     }
 }
 
+/// HOSTILE.md 22: many modules, each of which is small enough.
+#[test]
+fn hostile_22_modules_are_bounded_together() {
+    let mut many = tree(&[]);
+    many.add("ext4.ko", module("m0,m1,m2,m3,m4"));
+    for number in 0..5 {
+        let mut large = module("");
+        large.resize(60 << 20, 0);
+        many.add(&format!("m{number}.ko.zst"), zst(&large));
+    }
+    let error = choose(Path::new("k"), &many).err().unwrap().to_string();
+    assert!(error.contains("module m4") && error.contains("more than 256 MiB"), "{error}");
+}
+
 #[test]
 fn a_package_is_imported_with_its_modules_in_every_packing() {
     let folder = tempfile::tempdir().unwrap();

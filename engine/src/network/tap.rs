@@ -1,5 +1,7 @@
 //! TAP interfaces whose life is their descriptor's.
 
+#![allow(unsafe_code, reason = "ioctls of TAP interfaces")]
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

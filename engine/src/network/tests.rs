@@ -1,5 +1,7 @@
 //! Against the kernel, each test in a network namespace of its own.
 
+#![allow(unsafe_code, reason = "makes one thread of a test another user")]
+
 use std::net::Ipv4Addr;
 use std::process::Command;
 

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use devices::GuestMemory;
 use devices::bus::BusDevice;
 use devices::virtio::balloon::{Balloon, BalloonOptions};
-use devices::virtio::block::{Block, BlockOptions, Disk};
+use devices::virtio::block::{Block, BlockOptions, Disk, Engine};
 use devices::virtio::console::Console;
 use devices::virtio::mem::{Mem, MemOptions, SlotSink};
 use devices::virtio::mmio::MmioTransport;
@@ -49,6 +49,8 @@ const LISTENED: u32 = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Block,
+    /// By io_uring.
+    BlockAsync,
     Rng,
     Balloon,
     Vsock,
@@ -107,14 +109,17 @@ impl SlotSink for Slots {
 }
 
 impl Device {
-    fn new(kind: Kind) -> Device {
+    /// A device of this kind.
+    pub fn new(kind: Kind) -> Device {
         let shared = |device| Device::Other(device);
         match kind {
-            Kind::Block => {
+            Kind::Block | Kind::BlockAsync => {
+                let engine = if kind == Kind::Block { Engine::Sync } else { Engine::Async };
                 let file = memory_file();
                 file.set_len(64 << 10).unwrap();
                 let disk = Disk::open(&path_of(&file), false).unwrap();
-                let options = BlockOptions { id: "fuzz".into(), flush: true, ..Default::default() };
+                let options =
+                    BlockOptions { id: "fuzz".into(), flush: true, engine, ..Default::default() };
                 Device::Block(Arc::new(Mutex::new(Block::new(options, disk).unwrap())))
             }
             Kind::Rng => shared(Arc::new(Mutex::new(Rng::new(RngOptions::default()).unwrap()))),
@@ -191,7 +196,7 @@ impl Device {
     }
 
     /// As the event loop knows it.
-    fn subscriber(&self) -> Arc<Mutex<dyn MutEventSubscriber + Send>> {
+    pub fn subscriber(&self) -> Arc<Mutex<dyn MutEventSubscriber + Send>> {
         match self {
             Device::Block(device) => device.clone(),
             Device::Balloon(device) => device.clone(),
@@ -241,6 +246,8 @@ impl Rig {
     pub fn restore_elsewhere(&mut self) {
         let (registers, state): (NegotiationState, DeviceState) = {
             let registers = self.transport.save();
+            // Nothing is in flight in a snapshot.
+            self.device.shared().lock().unwrap().drain();
             let state = self.device.shared().lock().unwrap().save();
             // By way of a file.
             let bytes = rmp_serde::to_vec_named(&(registers, state)).unwrap();
@@ -283,7 +290,7 @@ impl Rig {
     }
 
     /// Where a queue's descriptors, available and used ring are.
-    fn rings(queue: usize) -> [u64; 3] {
+    pub fn rings(queue: usize) -> [u64; 3] {
         let base = RINGS + queue as u64 * 3 * PAGE;
         [base, base + PAGE, base + 2 * PAGE]
     }

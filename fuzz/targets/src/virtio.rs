@@ -20,8 +20,16 @@ const SNAPSHOTS: u32 = 3;
 /// after each, and works after a reset.
 pub fn virtio_queues(input: &[u8]) {
     let Some((kind, steps)) = input.split_first() else { return };
-    let kinds =
-        [Kind::Block, Kind::Rng, Kind::Balloon, Kind::Vsock, Kind::Console, Kind::Mem, Kind::Pmem];
+    let kinds = [
+        Kind::Block,
+        Kind::Rng,
+        Kind::Balloon,
+        Kind::Vsock,
+        Kind::Console,
+        Kind::Mem,
+        Kind::Pmem,
+        Kind::BlockAsync,
+    ];
     drive(kinds[usize::from(*kind) % kinds.len()], steps);
 }
 
@@ -44,7 +52,7 @@ fn run(
 ) -> arbitrary::Result<()> {
     let mut snapshots = 0;
     while !input.is_empty() {
-        match input.arbitrary::<u8>()? % 14 {
+        match input.arbitrary::<u8>()? % 16 {
             0 => {
                 let (features, size): (u32, u8) = input.arbitrary()?;
                 // The feature bits above 32 that matter are VIRTIO_F_VERSION_1 and one of net's.
@@ -100,7 +108,17 @@ fn run(
                 let queue = queue(rig, input)?;
                 rig.set_register(VIRTIO_MMIO_QUEUE_NOTIFY, queue as u32);
             }
-            _ => host(rig, programs, input)?,
+            12 | 13 => host(rig, programs, input)?,
+            // Any access, however it is aligned, also one that no processor makes.
+            14 => {
+                let (offset, size): (u16, u8) = input.arbitrary()?;
+                let mut data = [0xee; 16];
+                rig.transport.read(offset.into(), &mut data[..usize::from(size % 17)]);
+            }
+            _ => {
+                let (offset, size, data): (u16, u8, [u8; 8]) = input.arbitrary()?;
+                rig.transport.write(offset.into(), &data[..usize::from(size % 9)]);
+            }
         }
         rig.settle();
     }

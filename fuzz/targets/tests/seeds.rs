@@ -113,5 +113,7 @@ macro_rules! targets {
 }
 
 targets! {
-    api_request config_file elf_kernel image_tar mmds snapshot_state tap_frames virtio_queues
+    agent_conversation agent_frames api_request config_file elf_kernel image_documents
+    image_references image_tar kernel_import legacy_ports mmds pci_bus snapshot_state tap_frames
+    virtio_queues vsock_packets
 }

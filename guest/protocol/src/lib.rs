@@ -34,6 +34,8 @@
 //! A frame is a 32-bit little-endian length followed by that many bytes of postcard. A length above
 //! [`MAX_FRAME`] or a body that does not decode ends the connection: the peer is hostile or broken.
 
+#![forbid(unsafe_code)]
+
 mod frame;
 
 pub use frame::{FrameError, MAX_FRAME, read_frame, write_frame};

@@ -6,6 +6,11 @@
 //! short one has no mtime; small directories and symlinks follow their inode. The data of a regular
 //! file is a run of whole blocks, so it can be written as it arrives and never held in memory.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod reader;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};

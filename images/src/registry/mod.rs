@@ -5,6 +5,19 @@
 //! token server it names.
 
 mod auth;
+/// What fuzz targets need of what is otherwise our own.
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing {
+    use super::auth::{Challenge, parse};
+
+    /// The URLs of the token servers that a header names.
+    pub fn realms(header: &str) -> impl Iterator<Item = String> {
+        parse(header).into_iter().filter_map(|challenge| match challenge {
+            Challenge::Bearer { realm, .. } => Some(realm),
+            Challenge::Basic => None,
+        })
+    }
+}
 mod client;
 mod credentials;
 mod download;

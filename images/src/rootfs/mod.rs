@@ -49,8 +49,14 @@ pub struct LayerStream {
 /// Bounds on what an image may ask for.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Entries of all layers together.
+    /// Entries of all layers together, and as many directories, those made for entries among them.
     pub entries: u64,
+    /// Bytes of names, targets of symlinks and extended attributes of all layers together, which are
+    /// kept in memory until the image is written.
+    pub names: u64,
+    /// Names looked at on the way to entries, and below what is hidden, of all layers together. A
+    /// whiteout can hide as many as there are, again and again.
+    pub steps: u64,
     /// Bytes of file data of all layers together.
     pub bytes: u64,
     /// Bytes of a path.
@@ -67,6 +73,8 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             entries: 4_000_000,
+            names: 1 << 30,
+            steps: 500_000_000,
             bytes: 64 << 30,
             path: 4096,
             depth: 1024,
@@ -139,6 +147,8 @@ pub fn convert(
         layer: 0,
         entries: 0,
         bytes: 0,
+        names: 0,
+        steps: 0,
     };
     let mut uuid = Sha256::new();
     for layer in layers.iter_mut() {
@@ -237,6 +247,8 @@ struct Merge<'a> {
     layer: u32,
     entries: u64,
     bytes: u64,
+    names: u64,
+    steps: u64,
 }
 
 impl Merge<'_> {
@@ -358,9 +370,30 @@ impl Merge<'_> {
         self.children(dir).and_then(|entries| entries.get(name).copied())
     }
 
-    fn add(&mut self, node: Node) -> Id {
+    fn add(&mut self, node: Node) -> Result<Id, Refused> {
+        if self.tree.nodes.len() as u64 > self.limits.entries.saturating_mul(2) {
+            return Err(Refused::Limit("entries", self.limits.entries));
+        }
         self.tree.nodes.push(node);
-        self.tree.nodes.len() - 1
+        Ok(self.tree.nodes.len() - 1)
+    }
+
+    /// So many more bytes of names are kept.
+    fn keep(&mut self, bytes: u64) -> Result<(), Refused> {
+        self.names = self.names.saturating_add(bytes);
+        match self.names > self.limits.names {
+            true => Err(Refused::Limit("bytes of names and attributes", self.limits.names)),
+            false => Ok(()),
+        }
+    }
+
+    /// So many more names are looked at.
+    fn step(&mut self, count: usize) -> Result<(), Refused> {
+        self.steps = self.steps.saturating_add(count as u64);
+        match self.steps > self.limits.steps {
+            true => Err(Refused::Limit("steps to find its names", self.limits.steps)),
+            false => Ok(()),
+        }
     }
 
     /// The directory that `parents` lead to inside the root, made where missing; its names on the way
@@ -384,6 +417,7 @@ impl Merge<'_> {
         let mut walked = Walked::new();
         let mut symlinks = 0;
         while let Some(name) = todo.pop() {
+            self.step(1)?;
             if name == b".." {
                 walked.pop();
                 continue;
@@ -392,7 +426,8 @@ impl Merge<'_> {
             let next = match self.child(here, &name) {
                 Some(entry) => entry.id,
                 None => {
-                    let (id, layer) = (self.add(directory()), self.layer);
+                    self.keep(name.len() as u64)?;
+                    let (id, layer) = (self.add(directory())?, self.layer);
                     if let Some(entries) = self.children(here) {
                         entries.insert(name.as_slice().into(), Entry { id, layer });
                     }
@@ -448,11 +483,12 @@ impl Merge<'_> {
             return Ok(());
         }
         let Some((dir, name)) = at else { return refuse("the root must be a directory") };
-        let id = self.add(node);
+        let id = self.add(node)?;
         self.enter(dir, name, id)
     }
 
     fn enter(&mut self, dir: Id, name: &[u8], id: Id) -> Result<(), Refused> {
+        self.keep(name.len() as u64)?;
         let entry = Entry { id, layer: self.layer };
         let old = self.children(dir).and_then(|entries| entries.insert(name.into(), entry));
         old.map_or(Ok(()), |old| self.unlink(old.id))
@@ -522,6 +558,8 @@ impl Merge<'_> {
     fn hide_below(&mut self, dir: Id) -> Result<(), Refused> {
         let (layer, mut todo) = (self.layer, vec![dir]);
         while let Some(dir) = todo.pop() {
+            let count = self.children(dir).map_or(0, |entries| entries.len());
+            self.step(count)?;
             let Some(entries) = self.children(dir) else { continue };
             let mut hidden = Vec::new();
             entries.retain(|_, entry| {
@@ -547,6 +585,7 @@ impl Merge<'_> {
         names: &Names,
     ) -> Result<Node, Refused> {
         let pax = self.pax(extended, entry.size())?;
+        self.keep(erofs::xattr_size(&pax.xattrs))?;
         let header = entry.header().clone();
         let bad = |what: &str| Refused::Policy(format!("its {what} is not a valid number"));
         let id = |pax: Option<u64>, value: io::Result<u64>, field: &[u8], what: &str| {
@@ -586,6 +625,7 @@ impl Merge<'_> {
                 if target.is_empty() || target.contains(&0) || target.len() >= 4096 {
                     return refuse("the target of the symlink is empty, has a NUL or is too long");
                 }
+                self.keep(target.len() as u64)?;
                 Content::Symlink(target.into())
             }
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {

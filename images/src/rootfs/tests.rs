@@ -1,4 +1,5 @@
 use super::*;
+use crate::erofs::reader::{self, Found};
 use std::io::Write as _;
 use std::process::Command;
 
@@ -207,6 +208,142 @@ fn sparse_files_are_read_as_gnu_tar_writes_them() {
     let lying =
         with_records(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"0,5")], "a", b"1234");
     assert!(convert_all(&[lying]).unwrap_err().to_string().contains("\"a\": its sparse map"));
+}
+
+fn within(layers: &[Vec<u8>], limits: &Limits) -> Result<BTreeMap<Vec<u8>, Found>, String> {
+    let file = tempfile::tempfile().unwrap();
+    let stream = |layer: &Vec<u8>| LayerStream {
+        digest: "l".to_owned(),
+        reader: Box::new(io::Cursor::new(layer.clone())),
+    };
+    let mut streams: Vec<LayerStream> = layers.iter().map(stream).collect();
+    convert(&mut streams, file.try_clone().unwrap(), limits).map_err(|error| error.to_string())?;
+    Ok(reader::read(&file).unwrap())
+}
+
+/// HOSTILE.md 18: everything that an image may have much of has a bound, and below it is kept.
+#[test]
+fn hostile_18_names_depths_and_counts_are_bounded() {
+    let limits = Limits::default();
+    let file = |name: &str| with_records(&[("path", name.as_bytes())], "x", b"");
+    let name = "n".repeat(255);
+    assert!(within(&[file(&name)], &limits).unwrap().contains_key(name.as_bytes()));
+    let error = within(&[file(&"n".repeat(256))], &limits).unwrap_err();
+    assert!(error.contains("longer than 255 bytes"), "{error}");
+    // A tree of 300 levels, a path of 4096 bytes, and one more of each.
+    assert_eq!(within(&[file(&"d/".repeat(299))], &limits).unwrap().len(), 300);
+    let path = [name.as_str(); 16].join("/");
+    assert_eq!(within(&[file(&format!("{path}/"))], &limits).unwrap().len(), 17);
+    let error = within(&[file(&format!("{path}/n"))], &limits).unwrap_err();
+    assert!(error.contains("more than 4096 bytes in a path"), "{error}");
+    let error = within(&[file(&"d/".repeat(1030))], &limits).unwrap_err();
+    assert!(error.contains("more than 1024 levels"), "{error}");
+
+    let many = |count: usize| {
+        let names: Vec<String> = (0..count).map(|number| format!("{number}")).collect();
+        tar(&names.iter().map(|name| (F, name.as_str(), "x")).collect::<Vec<_>>())
+    };
+    let few = Limits { entries: 20, ..Limits::default() };
+    assert_eq!(within(&[many(20)], &few).unwrap().len(), 21);
+    // All layers count, and what a layer hides.
+    for layers in [vec![many(21)], vec![many(11), many(10)]] {
+        let error = within(&layers, &few).unwrap_err();
+        assert!(error.contains("more than 20 entries"), "{error}");
+    }
+    let little = Limits { bytes: 19, ..Limits::default() };
+    let error = within(&[many(20)], &little).unwrap_err();
+    assert!(error.contains("more than 19 bytes of file data"), "{error}");
+}
+
+/// HOSTILE.md 18, 19: a small layer that makes much of itself: directories that no entry names,
+/// names and attributes that are kept in memory, whiteouts that look at everything again.
+#[test]
+fn hostile_18_what_entries_cost_is_bounded() {
+    let limits = Limits { entries: 20, ..Limits::default() };
+    let path = |top: usize| format!("{top}/{}", "d/".repeat(30));
+    let deep = |count: usize| {
+        let paths: Vec<String> = (0..count).map(path).collect();
+        tar(&paths.iter().map(|path| (D, path.as_str(), "")).collect::<Vec<_>>())
+    };
+    assert_eq!(within(&[deep(1)], &limits).unwrap().len(), 32);
+    assert!(within(&[deep(2)], &limits).unwrap_err().contains("more than 20 entries"));
+
+    let limits = Limits { names: 1000, ..Limits::default() };
+    let long = "t".repeat(90);
+    let links: Vec<String> = (0..12).map(|number| format!("s{number}")).collect();
+    let links: Vec<Entry> = links.iter().map(|name| (S, name.as_str(), long.as_str())).collect();
+    assert!(within(&[tar(&links[..10])], &limits).is_ok());
+    assert!(within(&[tar(&links)], &limits).unwrap_err().contains("bytes of names"));
+    let value = vec![b'v'; 900];
+    let attribute = |name| with_records(&[("SCHILY.xattr.user.a", &value)], name, b"");
+    assert!(within(&[attribute("a")], &limits).is_ok());
+    let error = within(&[attribute("a"), attribute("a")], &limits).unwrap_err();
+    assert!(error.contains("bytes of names and attributes"), "{error}");
+
+    let limits = Limits { steps: 1000, ..Limits::default() };
+    let mut entries: Vec<Entry> = vec![(F, "a", ""); 50];
+    entries.extend(vec![(F, ".wh..wh..opq", ""); 50]);
+    assert!(within(&[tar(&entries)], &limits).is_ok());
+    let names: Vec<String> = (0..50).map(|number| format!("{number}")).collect();
+    let mut entries: Vec<Entry> = names.iter().map(|name| (F, name.as_str(), "")).collect();
+    entries.extend(vec![(F, ".wh..wh..opq", ""); 50]);
+    assert!(within(&[tar(&entries)], &limits).unwrap_err().contains("more than 1000 steps"));
+}
+
+/// HOSTILE.md 18: what only the guest's own kernel makes something of.
+#[test]
+fn hostile_18_what_is_the_guests_own_is_kept_as_it_is() {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (kind, name, mode) in [
+        (EntryType::Char, "char", 0o666),
+        (EntryType::Block, "block", 0o7777),
+        (EntryType::Fifo, "fifo", 0o600),
+        (F, "setuid", 0o6755),
+    ] {
+        let mut header = tar::Header::new_ustar();
+        header.set_path(name).unwrap();
+        header.set_entry_type(kind);
+        header.set_mode(mode);
+        header.set_size(0);
+        header.set_device_major(0xfff).unwrap();
+        header.set_device_minor(0xf_ffff).unwrap();
+        header.set_cksum();
+        builder.append(&header, io::empty()).unwrap();
+    }
+    let layer = builder.into_inner().unwrap();
+    let found = within(&[layer], &Limits::default()).unwrap();
+    let get = |name: &str| &found[name.as_bytes()];
+    assert_eq!((get("char").mode, get("char").device), (0o020_666, Some((0xfff, 0xf_ffff))));
+    assert_eq!((get("block").mode, get("block").device), (0o067_777, Some((0xfff, 0xf_ffff))));
+    assert_eq!(get("fifo").mode, 0o010_600);
+    assert_eq!(get("setuid").mode, 0o106_755);
+
+    let records = [
+        ("uid", b"4294967295".as_slice()),
+        ("gid", b"4294967295"),
+        ("mtime", b"-9223372036854775807.5"),
+        ("SCHILY.xattr.user.a", &[b'v'; 65_535]),
+    ];
+    let found = within(&[with_records(&records, "a", b"")], &Limits::default()).unwrap();
+    let a = &found[b"a".as_slice()];
+    assert_eq!((a.uid, a.gid, a.mtime, a.mtime_nsec), (u32::MAX, u32::MAX, i64::MIN, 500_000_000));
+    assert_eq!(a.xattrs, [(1, b"a".to_vec(), vec![b'v'; 65_535])]);
+    for (key, value) in [
+        ("uid", b"4294967296".as_slice()),
+        ("uid", b"-1"),
+        ("gid", b"x"),
+        ("mtime", b"9223372036854775808"),
+        ("SCHILY.xattr.user.a", &[b'v'; 65_536]),
+        ("SCHILY.xattr.other.a", b"v"),
+    ] {
+        let result = within(&[with_records(&[(key, value)], "a", b"")], &Limits::default());
+        assert!(result.is_err(), "{key}");
+    }
+    let attributes: Vec<String> = (0..3).map(|n| format!("SCHILY.xattr.user.{n}")).collect();
+    let records: Vec<(&str, &[u8])> =
+        attributes.iter().map(|key| (key.as_str(), [b'v'; 60_000].as_slice())).collect();
+    let error = within(&[with_records(&records, "a", b"")], &Limits::default()).unwrap_err();
+    assert!(error.contains("bytes of extended attributes"), "{error}");
 }
 
 #[test]

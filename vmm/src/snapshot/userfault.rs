@@ -3,6 +3,8 @@
 //! That process listens on a Unix socket. It gets one message: a JSON list of the ranges, and with it
 //! the descriptor that tells of faults. Firecracker's handlers understand the same.
 
+#![allow(unsafe_code, reason = "ioctls of userfaultfd")]
+
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;

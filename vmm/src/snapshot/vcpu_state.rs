@@ -1,5 +1,7 @@
 //! The state of a virtual processor, as KVM gives and takes it.
 
+#![allow(unsafe_code, reason = "KVM reads as much of an XSAVE area as CPUID says")]
+
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,

@@ -1,5 +1,7 @@
 //! The emulated machine: its kernel, its first program, and the job it does.
 
+#![allow(unsafe_code, reason = "runs code between fork and exec")]
+
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::process::CommandExt;

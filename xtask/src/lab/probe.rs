@@ -1,6 +1,8 @@
 //! Whether this host's KVM can boot Linux. One that only opens proves nothing: some emulate
 //! kernel-mode code and lack instructions that every kernel executes.
 
+#![allow(unsafe_code, reason = "makes a mapping a memory slot of KVM")]
+
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};

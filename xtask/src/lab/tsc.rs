@@ -4,6 +4,8 @@
 //! meanwhile the two differ, and a KVM that was there before the second measure gives its guests the
 //! first: they get no timer's interrupt at all. So the kernel is told what it is.
 
+#![allow(unsafe_code, reason = "reads the time stamp counter")]
+
 use std::arch::x86_64::_rdtsc;
 use std::thread;
 use std::time::{Duration, Instant};

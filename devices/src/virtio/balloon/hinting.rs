@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_a_guest_cannot_make_up_a_run() {
+    fn hostile_13_a_guest_cannot_make_up_a_run() {
         let mut hinting = Hinting::default();
         for command in [STOP, DONE, 2, u32::MAX] {
             assert!(!hinting.guest_command(command));

@@ -186,7 +186,7 @@ fn both_sides_say_how_large_the_balloon_is() {
 }
 
 #[test]
-fn hostile_pages_outside_memory_are_ignored_and_the_others_are_not() {
+fn hostile_13_pages_outside_memory_are_ignored_and_the_others_are_not() {
     let mut driver = driver();
     let last = (1 << 20) / PAGE as u32 - 1;
     driver.memory.write_obj(1u8, address(last)).unwrap();
@@ -199,8 +199,29 @@ fn hostile_pages_outside_memory_are_ignored_and_the_others_are_not() {
     assert_eq!(driver.used(INFLATE).len(), 1);
 }
 
+/// HOSTILE.md 13: a page twice, and those that the queues are in.
 #[test]
-fn hostile_a_list_of_pages_may_be_split_anywhere_and_end_anywhere() {
+fn hostile_13_pages_given_twice_and_the_devices_own_are_survived() {
+    let mut driver = driver();
+    send_pages(&mut driver, INFLATE, &[3, 3, 4, 3]);
+    assert_eq!(gone(&driver, 10), [3, 4]);
+    assert_eq!(driver.used(INFLATE).len(), 1);
+    // All of memory, in the middle of which the list itself is.
+    let bytes: Vec<u8> = (0..256u32).flat_map(u32::to_le_bytes).collect();
+    let buffer = driver.buffer(&bytes);
+    driver.send(INFLATE, &[(buffer, bytes.len() as u32)], &[]);
+    driver.notify(INFLATE);
+    assert!(gone(&driver, 10).len() >= 2);
+    // The rings went with it, but the next driver has its own.
+    driver.start_again();
+    assert!(!driver.wants_reset());
+    driver.memory.write_obj(1u8, address(FIRST + 7)).unwrap();
+    send_pages(&mut driver, INFLATE, &[7]);
+    assert_eq!(driver.memory.read_obj::<u8>(address(FIRST + 7)).unwrap(), 0);
+}
+
+#[test]
+fn hostile_13_a_list_of_pages_may_be_split_anywhere_and_end_anywhere() {
     let mut driver = driver();
     let bytes: Vec<u8> = (0..4).flat_map(|page: u32| (FIRST + page).to_le_bytes()).collect();
     let buffer = driver.buffer(&bytes);
@@ -300,7 +321,7 @@ fn a_driver_is_told_of_a_command_that_was_there_before_it() {
 }
 
 #[test]
-fn hostile_hinting_commands_of_any_length_are_survived() {
+fn hostile_13_hinting_commands_of_any_length_are_survived() {
     let mut driver = driver();
     let device = driver.device.clone();
     device.lock().unwrap().start_hinting(true).unwrap();
@@ -397,7 +418,7 @@ fn statistics_cannot_be_enabled_or_disabled() {
 }
 
 #[test]
-fn hostile_more_than_one_buffer_of_statistics_waits() {
+fn hostile_13_more_than_one_buffer_of_statistics_waits() {
     let mut driver = driver();
     let huge = driver.buffer(&vec![0xff; 0x8000]);
     let odd = driver.buffer(&entry(4, 1)[..9]);
@@ -509,7 +530,7 @@ fn a_balloon_starts_without_optional_queues_only() {
 }
 
 #[test]
-fn hostile_a_chain_worth_many_events_lets_others_have_their_turn() {
+fn hostile_13_a_chain_worth_many_events_lets_others_have_their_turn() {
     let mut driver = test_driver::Driver::new(balloon());
     let features = driver.device().features();
     driver.activate(features, 256);
@@ -539,7 +560,7 @@ fn hostile_a_chain_worth_many_events_lets_others_have_their_turn() {
 }
 
 #[test]
-fn hostile_a_chain_that_is_replaced_half_way_harms_nobody() {
+fn hostile_6_a_chain_that_is_replaced_half_way_harms_nobody() {
     let mut driver = test_driver::Driver::new(balloon());
     let features = driver.device().features();
     driver.activate(features, 256);
@@ -555,7 +576,7 @@ fn hostile_a_chain_that_is_replaced_half_way_harms_nobody() {
 }
 
 #[test]
-fn hostile_only_the_actual_size_is_the_guests_to_write() {
+fn hostile_9_only_the_actual_size_is_the_guests_to_write() {
     let mut balloon = balloon();
     for (offset, data) in [
         (0, &[0xff; 4][..]),

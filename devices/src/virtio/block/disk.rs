@@ -1,5 +1,7 @@
 //! A raw file as a disk.
 
+#![allow(unsafe_code, reason = "preadv and pwritev of guest memory")]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;

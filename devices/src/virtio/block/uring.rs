@@ -4,6 +4,8 @@
 //! Each request is one job, and each job has one operation in the kernel at a time: what a short
 //! read or write left, and the next of several ranges, follow when it completes.
 
+#![allow(unsafe_code, reason = "the kernel uses guest memory while requests are in flight")]
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;

@@ -284,7 +284,7 @@ fn hostile_13_blocks_out_of_range_are_refused() {
 }
 
 #[test]
-fn hostile_requests_that_are_too_short_change_nothing() {
+fn hostile_13_requests_that_are_too_short_change_nothing() {
     let (mut driver, _) = driver(384);
     write_request(&driver, PLUG, address(0), 1);
     driver.send(0, &[readable(BUFFERS, 23), writable(BUFFERS + 32, 10)]);
@@ -362,7 +362,7 @@ fn a_driver_that_would_read_unplugged_memory_does_not_start() {
 }
 
 #[test]
-fn hostile_much_to_unplug_lets_others_have_their_turn() {
+fn hostile_13_much_to_unplug_lets_others_have_their_turn() {
     for (kind, at) in [(UNPLUG, address(0)), (UNPLUG_ALL, 0)] {
         let (mut driver, slots) = driver(384);
         assert_eq!(ask(&mut driver, PLUG, address(0), 24), Answer::Ack);
@@ -391,7 +391,7 @@ fn half_way() -> (Driver, Slots) {
 }
 
 #[test]
-fn hostile_a_request_that_is_replaced_half_way_is_checked_like_any_other() {
+fn hostile_6_a_request_that_is_replaced_half_way_is_checked_like_any_other() {
     let (mut driver, slots) = half_way();
     // Some of these are not plugged any more.
     write_request(&driver, UNPLUG, address(0), 23);

@@ -1,5 +1,7 @@
 //! A TAP interface of the host that carries virtio-net headers.
 
+#![allow(unsafe_code, reason = "ioctls of TAP interfaces")]
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

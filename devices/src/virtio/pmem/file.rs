@@ -1,5 +1,7 @@
 //! A file mapped into memory, to be memory of the guest.
 
+#![allow(unsafe_code, reason = "maps a file over reserved addresses")]
+
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::num::NonZeroUsize;

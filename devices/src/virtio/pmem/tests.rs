@@ -70,7 +70,7 @@ fn a_flush_of_a_file_that_was_cut_off_fails() {
 }
 
 #[test]
-fn hostile_what_is_no_flush_fails() {
+fn hostile_13_what_is_no_flush_fails() {
     let (pmem, _file) = pmem(false);
     let mut driver = Driver::new(pmem);
     for request in [&1u32.to_le_bytes()[..], &[0xff; 4], &[0; 3], &[0, 0, 0, 1, 0]] {
@@ -80,7 +80,7 @@ fn hostile_what_is_no_flush_fails() {
 }
 
 #[test]
-fn hostile_an_answer_may_be_split_or_have_no_room() {
+fn hostile_13_an_answer_may_be_split_or_have_no_room() {
     let (pmem, _file) = pmem(false);
     let mut driver = Driver::new(pmem);
     let request = driver.buffer(&[0; 4]);
@@ -97,7 +97,7 @@ fn hostile_an_answer_may_be_split_or_have_no_room() {
 }
 
 #[test]
-fn hostile_a_storm_of_flushes_is_one() {
+fn hostile_7_a_storm_of_flushes_is_one() {
     let (pmem, _file) = pmem(false);
     let mut driver = Driver::new(pmem);
     let request = driver.buffer(&[0; 4]);

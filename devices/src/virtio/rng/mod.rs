@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::rand::{GetRandomFlags, getrandom};
 use telemetry::Readings;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -117,10 +118,7 @@ impl Rng {
 
 /// Fills with random bytes and returns how many there are: none before the host's pool is ready.
 fn fill(bytes: &mut [u8]) -> usize {
-    // SAFETY: the pointer and the length describe `bytes`, which the call only writes to.
-    let got =
-        unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
-    usize::try_from(got).unwrap_or(0)
+    getrandom(bytes, GetRandomFlags::NONBLOCK).unwrap_or(0)
 }
 
 impl VirtioDevice for Rng {

@@ -1,5 +1,7 @@
 //! The jail of the command line, whose options are those of Firecracker's `jailer`.
 
+#![allow(unsafe_code, reason = "takes over descriptors named by the parent")]
+
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};

@@ -374,3 +374,13 @@ fn hostile_1_broken_queues_are_survived() {
         device
     });
 }
+
+/// HOSTILE.md 23: a socket's path that is too long, or in no folder; its folder stays as it is.
+#[test]
+fn hostile_23_sockets_that_cannot_be_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["x".repeat(200), "no/such/folder".to_owned()] {
+        assert!(Vsock::new(CID as u32, &folder.path().join(name)).is_err());
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
