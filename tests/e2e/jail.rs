@@ -159,7 +159,7 @@ fn a_vmm_has_nothing_of_the_host_but_what_it_was_given() {
 
 #[test]
 fn without_privileges_there_is_the_same_jail() {
-    let user = User::new();
+    let user = User::with_kvm();
     let run = ["run", "--rm", "--network", "none", BASE, "id", "-u"];
     // Whoever has no cgroup is told, and may go on.
     user.vmrun(&run).exits(125).complains(&["cgroup", "--unconfined cgroup"]);

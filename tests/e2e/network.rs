@@ -104,7 +104,7 @@ fn without_a_network_there_is_loopback_only() {
 
 #[test]
 fn without_a_network_no_privilege_is_needed() {
-    let user = User::new();
+    let user = User::with_kvm();
     // Nobody has given this user a cgroup of its own.
     let user = |arguments: &[&str]| {
         Running::start(user.command(arguments).env("VMRUN_UNCONFINED", "cgroup")).finish()

@@ -15,7 +15,7 @@ pub struct User {
 
 impl User {
     /// One who may use KVM.
-    pub fn new() -> User {
+    pub fn with_kvm() -> User {
         let folder = tempfile::tempdir().unwrap();
         nix::unistd::chown(folder.path(), Some(UID.into()), Some(UID.into())).unwrap();
         let mode = std::fs::Permissions::from_mode(0o666);

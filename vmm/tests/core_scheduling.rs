@@ -1,5 +1,6 @@
 //! `--core-scheduling`, by what the kernel says of the process.
 
+#![allow(unsafe_code, reason = "prctl options that no crate knows")]
 #![allow(clippy::unwrap_used)]
 
 use std::io;

@@ -1,5 +1,7 @@
 //! What a host should have before strangers' machines run on it: `docs/production.md`.
 
+#![allow(unsafe_code, reason = "asks for Landlock's version")]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;

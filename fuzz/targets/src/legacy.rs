@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use arbitrary::Unstructured;
 use devices::bus::Bus;
-use devices::legacy::power::{AcpiPower, I8042, PowerSwitch};
+use devices::legacy::i8042::I8042;
+use devices::legacy::power::{AcpiPower, PowerSwitch};
 use devices::legacy::serial::{SerialPort, SerialPortState};
 
 const SERIAL: u64 = 0x3f8;
@@ -43,7 +44,7 @@ fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     let written = Arc::new(AtomicUsize::new(0));
     let switch = PowerSwitch::new().unwrap();
     let mut serial = Arc::new(Mutex::new(SerialPort::new(Counter(written.clone())).unwrap()));
-    let keyboard = Arc::new(Mutex::new(I8042::new(switch.clone())));
+    let keyboard = Arc::new(Mutex::new(I8042::new(switch.clone()).unwrap()));
     let power = Arc::new(Mutex::new(AcpiPower::new(switch.clone(), SLEEP_TYPE, RESET)));
     let bus_with = |serial: &Arc<Mutex<SerialPort>>| {
         let mut bus = Bus::default();
@@ -53,7 +54,7 @@ fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         bus
     };
     let mut bus = bus_with(&serial);
-    let (mut sent, mut may_end) = (0, false);
+    let (mut sent, mut may_end, mut output_port) = (0, false, false);
     while !input.is_empty() {
         match input.arbitrary::<u8>()? % 8 {
             0..=2 => {
@@ -62,11 +63,14 @@ fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
                 let data = &data[..usize::from(size % 9)];
                 let address = port(device, offset);
                 sent += usize::from(address == SERIAL && data.len() == 1);
+                output_port |= address == KEYBOARD + 4 && data.first() == Some(&0xd1);
                 // What these devices are there for.
                 may_end |= match address {
                     POWER => data.first().is_some_and(|byte| byte & 0x3c == 0x20 | SLEEP_TYPE << 2),
                     address if address == POWER + 2 => data.first() == Some(&RESET),
                     address if address == KEYBOARD + 4 => data.first() == Some(&0xfe),
+                    // The output port's lowest bit is the reset line.
+                    KEYBOARD => output_port && data.first().is_some_and(|byte| byte & 1 == 0),
                     _ => false,
                 };
                 bus.write(address, data);
@@ -80,6 +84,12 @@ fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
                 let mut port = serial.lock().unwrap();
                 port.input(&vec![count; count.into()]);
                 assert!(port.input_capacity() <= 64);
+                drop(port);
+                let mut keyboard = keyboard.lock().unwrap();
+                // Full of what the guest does not read, it refuses.
+                let _ = keyboard.press_ctrl_alt_del();
+                let state = keyboard.save();
+                assert!(keyboard.restore(&state).is_ok() && keyboard.save() == state);
             }
             6 => {
                 let state = serial.lock().unwrap().save();
