@@ -163,7 +163,9 @@ mod tests {
         let (mut opened, size) = open(&by_number(&reader), true).unwrap().unwrap();
         assert_eq!(size, 512);
         opened.rewind().unwrap();
-        assert_eq!(opened.bytes().next().unwrap().unwrap(), 7);
+        let mut byte = [0];
+        opened.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, [7]);
         assert_eq!(open(&by_number(&writer), false).unwrap().unwrap().1, 512);
         let options = OpenOptions::new();
         open_with(&by_number(&adder), Access::Append, &options).unwrap();

@@ -1,9 +1,8 @@
 //! What a confined process sees of files.
 
-use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::MsFlags;
@@ -174,14 +173,9 @@ fn make_folder(path: &Path, uid: u32, gid: u32) -> Result<(), JailError> {
     if !path.is_absolute() {
         return Err(named()(io::ErrorKind::InvalidInput.into()));
     }
-    DirBuilder::new().recursive(true).mode(0o755).create(path).map_err(named())?;
-    // Its own name may be no link either, whoever may write to the folder above.
-    let whole = fs::canonicalize(path).map_err(named())?;
-    if whole != path {
-        let error = io::Error::other("a symbolic link is on the way");
-        return Err(named()(error));
-    }
-    let root = open_folder(path).map_err(named())?;
+    let top = open_folder(Path::new("/")).map_err(named())?;
+    // Whoever may write to a folder on the way could have put a link there.
+    let root = make_target(&top, path, true).map_err(named())?;
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     for name in ["run", "dev"] {
         match rustix::fs::mkdirat(&root, name, Mode::from_raw_mode(0o700)) {
@@ -212,6 +206,7 @@ fn give(file: &OwnedFd, uid: Uid, gid: Gid) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::{MetadataExt, symlink};
 
     use super::*;

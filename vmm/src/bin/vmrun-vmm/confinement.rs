@@ -151,6 +151,9 @@ impl JailOptions {
             None if self.daemonize => Parent::Detach,
             None => Parent::Wait,
         };
+        // Who started this knows where that leads; below it nothing may lead anywhere.
+        let base = std::fs::canonicalize(&self.chroot_base_dir);
+        let base = base.unwrap_or_else(|_| self.chroot_base_dir.clone());
         Ok(Jail {
             id: id.to_owned(),
             uid: own(self.uid, "uid", nix::unistd::geteuid().as_raw())?,
@@ -158,7 +161,7 @@ impl JailOptions {
             root: match self.empty_root {
                 true => Root::Empty { visible: self.visible.clone() },
                 false => Root::Folder {
-                    path: self.chroot_base_dir.join(program).join(id).join("root"),
+                    path: base.join(program).join(id).join("root"),
                     nodes: NODES.map(PathBuf::from).to_vec(),
                 },
             },
