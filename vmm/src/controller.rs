@@ -99,6 +99,14 @@ impl Controller {
         answer
     }
 
+    /// Writes the last line of metrics, and leaves no files behind.
+    pub fn finish(&mut self) {
+        self.write_metrics();
+        if let Some(running) = &self.running {
+            running.clear_up();
+        }
+    }
+
     /// Writes a line of metrics, if it is known where to.
     pub fn write_metrics(&mut self) {
         let counted = self.counted();

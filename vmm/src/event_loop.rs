@@ -127,7 +127,7 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
         let status = lock(&end).status;
         if let Some(status) = status {
             drop(terminal);
-            controller.write_metrics();
+            controller.finish();
             return Ok(status);
         }
         if beat {

@@ -50,6 +50,8 @@ pub struct SocketNews {
 pub struct Host {
     guest_cid: u64,
     path: PathBuf,
+    /// The file at the path is this device's.
+    made_here: bool,
     listener: UnixListener,
     /// There may be programs to let in. The listener is watched edge-triggered too: one that
     /// cannot be let in for want of descriptors must not make the loop spin.
@@ -88,12 +90,19 @@ impl Host {
         })
     }
 
-    /// The guest's peers, with the socket that listens at this path.
-    pub fn new(guest_cid: u64, path: &Path, listener: UnixListener) -> io::Result<Host> {
+    /// The guest's peers, with the socket that listens at this path, whose file is removed in the end
+    /// if it was made here.
+    pub fn new(
+        guest_cid: u64,
+        path: &Path,
+        listener: UnixListener,
+        made_here: bool,
+    ) -> io::Result<Host> {
         listener.set_nonblocking(true)?;
         Ok(Host {
             guest_cid,
             path: path.to_owned(),
+            made_here,
             listener,
             callers: false,
             warned: false,
@@ -476,6 +485,13 @@ impl Host {
         }
     }
 
+    /// Removes the socket's file, if it was made here.
+    pub fn remove_socket(&mut self) {
+        if std::mem::take(&mut self.made_here) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
     /// Ends all connections: their driver is gone.
     pub fn abandon(&mut self) {
         let connections = std::mem::take(&mut self.connections).into_values();
@@ -494,6 +510,6 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        self.remove_socket();
     }
 }

@@ -62,22 +62,32 @@ impl Vsock {
     /// A device for the guest with this address, that listens at this path. The path must not
     /// exist, and is removed with the device.
     pub fn new(guest_cid: u32, path: &Path) -> io::Result<Vsock> {
-        Vsock::listening(guest_cid, path, Host::listen(path)?)
+        let listener = Host::listen(path)?;
+        Vsock::with_host(guest_cid, |cid| Host::new(cid, path, listener, true))
     }
 
     /// A device whose socket somebody else made at this path.
     pub fn listening(guest_cid: u32, path: &Path, listener: UnixListener) -> io::Result<Vsock> {
+        Vsock::with_host(guest_cid, |cid| Host::new(cid, path, listener, false))
+    }
+
+    fn with_host(guest_cid: u32, host: impl FnOnce(u64) -> io::Result<Host>) -> io::Result<Vsock> {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let guest_cid = guest_cid.into();
         Ok(Vsock {
             guest_cid,
-            host: Host::new(guest_cid, path, listener)?,
+            host: host(guest_cid)?,
             events: [event()?, event()?, event()?],
             queues: None,
             chain: Chain::default(),
             stopped: false,
             reset_due: false,
         })
+    }
+
+    /// Removes the socket's file now, for a process that ends without dropping its devices.
+    pub fn remove_socket(&mut self) {
+        self.host.remove_socket();
     }
 
     /// Ends all connections and tells the driver so (virtio 1.2, 5.10.6.7): a machine that was
