@@ -8,8 +8,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use e2e::api::Vmm;
+use e2e::break_in::{Argument, Outcome, TakenOver};
 use e2e::user::{UID, User};
 use e2e::{Running, Session, guest};
+use nix::libc;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -23,6 +25,7 @@ struct Confined {
     run: Running,
     id: String,
     vmm: u32,
+    sockets: PathBuf,
     cgroup: PathBuf,
 }
 
@@ -40,7 +43,9 @@ impl Confined {
         let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
         // KVM's own threads for the machine come after it.
         let vmm = processes.lines().next().unwrap_or_else(|| panic!("no VMM in {cgroup:?}"));
-        Confined { run, id, vmm: vmm.parse().unwrap(), cgroup }
+        let sockets = Session::prepared().root().canonicalize().unwrap().join("run").join(&id);
+        assert!(sockets.join("api").exists(), "{sockets:?}");
+        Confined { run, id, vmm: vmm.parse().unwrap(), sockets, cgroup }
     }
 
     fn proc(&self, name: &str) -> PathBuf {
@@ -302,4 +307,155 @@ fn the_jailers_options_do_what_they_do_there() {
     let done = Running::start(command.stdin(Stdio::null())).finish();
     assert!(done.err().contains("symbolic link"), "{}", done.err());
     assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
+}
+
+/// A system call by name, with six arguments: a number each, or bytes where there are any for it.
+type Attempt = (&'static str, i64, Vec<Vec<u8>>, [i64; 6]);
+
+/// What somebody tries who has broken into a VMM.
+fn attempts(other: &Confined) -> Vec<Attempt> {
+    let text = |text: &str| [text.as_bytes(), b"\0"].concat();
+    let none = Vec::new;
+    let at = i64::from(libc::AT_FDCWD);
+    let vmm = i64::from(other.vmm);
+    vec![
+        (
+            "open a file of the host",
+            libc::SYS_openat,
+            vec![none(), text("/etc/passwd")],
+            [at, 0, 0, 0, 0, 0],
+        ),
+        (
+            "open what is above the root",
+            libc::SYS_openat,
+            vec![none(), text("/../../etc/passwd")],
+            [at, 0, 0, 0, 0, 0],
+        ),
+        (
+            "list the root",
+            libc::SYS_openat,
+            vec![none(), text("/")],
+            [at, 0, libc::O_DIRECTORY.into(), 0, 0, 0],
+        ),
+        (
+            "make a file",
+            libc::SYS_openat,
+            vec![none(), text("/x")],
+            [at, 0, (libc::O_CREAT | libc::O_WRONLY).into(), 0o600, 0, 0],
+        ),
+        ("make a folder", libc::SYS_mkdirat, vec![none(), text("/x")], [at, 0, 0o700, 0, 0, 0]),
+        (
+            "make a device",
+            libc::SYS_mknodat,
+            vec![none(), text("/x")],
+            [at, 0, (libc::S_IFCHR | 0o600).into(), 0x0101, 0, 0],
+        ),
+        (
+            "open memory of its own",
+            libc::SYS_openat,
+            vec![none(), text("/proc/self/mem")],
+            [at, 0, 2, 0, 0, 0],
+        ),
+        ("run a program", libc::SYS_execve, vec![text("/bin/sh")], [0; 6]),
+        ("signal another VMM", libc::SYS_kill, vec![], [vmm, 9, 0, 0, 0, 0]),
+        ("signal everybody", libc::SYS_kill, vec![], [-1, 9, 0, 0, 0, 0]),
+        (
+            "trace another VMM",
+            libc::SYS_ptrace,
+            vec![],
+            [libc::PTRACE_ATTACH.into(), vmm, 0, 0, 0, 0],
+        ),
+        ("have a handle of another VMM", libc::SYS_pidfd_open, vec![], [vmm, 0, 0, 0, 0, 0]),
+        (
+            "read another VMM's memory",
+            libc::SYS_process_vm_readv,
+            vec![none(), vec![0; 16], none(), vec![0; 16]],
+            [vmm, 0, 1, 0, 1, 0],
+        ),
+        ("mount", libc::SYS_mount, vec![text("x"), text("/"), text("tmpfs")], [0; 6]),
+        ("leave the root", libc::SYS_chroot, vec![text("/")], [0; 6]),
+        ("become root", libc::SYS_setuid, vec![], [0; 6]),
+        (
+            "load a program into the kernel",
+            libc::SYS_bpf,
+            vec![none(), vec![0; 64]],
+            [0, 0, 64, 0, 0, 0],
+        ),
+        (
+            "load a module",
+            libc::SYS_init_module,
+            vec![vec![0; 64], none(), text("")],
+            [0, 64, 0, 0, 0, 0],
+        ),
+        (
+            "open raw packets",
+            libc::SYS_socket,
+            vec![],
+            [libc::AF_PACKET.into(), libc::SOCK_RAW.into(), 0, 0, 0, 0],
+        ),
+        ("set the clock", libc::SYS_clock_settime, vec![none(), vec![0; 16]], [0; 6]),
+        (
+            "restart the host",
+            libc::SYS_reboot,
+            vec![],
+            [0xfee1_dead, 672_274_793, 0x0123_4567, 0, 0, 0],
+        ),
+    ]
+}
+
+#[test]
+fn whoever_breaks_into_a_vmm_finds_nothing() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let other = Confined::start(&["--network", "none", "-m", "128m"]);
+    // The jail alone holds, without the filter of system calls.
+    let open = Confined::start(&["--network", "none", "-m", "128m", "--unconfined", "seccomp"]);
+    let taken = TakenOver::new(open.vmm);
+    let call = |taken: &TakenOver, number: i64, bytes: &[Vec<u8>], numbers: [i64; 6]| {
+        let arguments: Vec<_> = (0..6)
+            .map(|index| match bytes.get(index).filter(|bytes| !bytes.is_empty()) {
+                Some(bytes) => Argument::Bytes(bytes),
+                None => Argument::Number(numbers[index]),
+            })
+            .collect();
+        taken.call(number, &arguments)
+    };
+    // It does what it is told.
+    let process = call(&taken, libc::SYS_getpid, &[], [0; 6]);
+    assert_eq!(process, Outcome::Returned(1));
+    let attempts = attempts(&other);
+    for (what, number, bytes, numbers) in &attempts {
+        let outcome = call(&taken, *number, bytes, *numbers);
+        assert!(matches!(outcome, Outcome::Failed(_)), "{what}: {outcome:?}");
+    }
+    // Sockets of its own lead nowhere: not to the host's loopback, not to another's.
+    let connects = |family: i32, address: Vec<u8>| {
+        let made = call(&taken, libc::SYS_socket, &[], [family.into(), 1, 0, 0, 0, 0]);
+        let Outcome::Returned(socket) = made else { return made };
+        let length = address.len() as i64;
+        call(&taken, libc::SYS_connect, &[Vec::new(), address], [socket, 0, length, 0, 0, 0])
+    };
+    let mut loopback = vec![libc::AF_INET as u8, 0];
+    loopback.extend(port.to_be_bytes());
+    loopback.extend([127, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let outcome = connects(libc::AF_INET, loopback);
+    assert!(matches!(outcome, Outcome::Failed(_)), "{outcome:?}");
+    for name in ["api", "v"] {
+        let mut address = vec![libc::AF_UNIX as u8, 0];
+        address.extend(other.sockets.join(name).to_str().unwrap().as_bytes());
+        address.push(0);
+        let outcome = connects(libc::AF_UNIX, address);
+        assert!(matches!(outcome, Outcome::Failed(_)), "{name}: {outcome:?}");
+    }
+    drop(taken);
+    open.end();
+    // With the filter the first attempt is the last one.
+    let filtered = Confined::start(&["--network", "none", "-m", "128m"]);
+    let (what, number, bytes, numbers) = &attempts[7];
+    let taken = TakenOver::new(filtered.vmm);
+    let outcome = call(&taken, *number, bytes, *numbers);
+    assert_eq!(outcome, Outcome::Killed(Signal::SIGSYS), "{what}");
+    let done = filtered.run.finish();
+    assert!(done.err().contains("SIGSYS"), "{}", done.err());
+    other.end();
 }
