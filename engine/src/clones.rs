@@ -11,6 +11,8 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 
+use nix::sys::wait::waitpid;
+
 use crate::{stdio, vmm};
 
 /// Most bytes of a line of output that are shown as one.
@@ -55,6 +57,9 @@ impl Clones {
     /// Starts `count` processes of this program with these arguments. To be called on the main
     /// thread, with signals held back as by [`stdio::block_signals`].
     pub fn start(count: usize, arguments: &[OsString]) -> Result<Clones, ClonesError> {
+        // The machine of one that is killed becomes a child of this process.
+        nix::sys::prctl::set_child_subreaper(true)
+            .map_err(|error| ClonesError::Start(error.into()))?;
         let folder = tempfile::tempdir().map_err(ClonesError::Start)?;
         let path = folder.path().join("notify");
         let notices = UnixDatagram::bind(&path)
@@ -114,6 +119,11 @@ impl Clones {
     /// What happens next; `None` where nothing can any more.
     pub fn next(&self) -> Option<Event> {
         self.events.recv().ok()
+    }
+
+    /// Waits for what is left of clones that have ended: machines of those that were killed.
+    pub fn wait_for_machines(&self) {
+        while !matches!(waitpid(None, None), Err(nix::Error::ECHILD)) {}
     }
 
     /// Kills them all.

@@ -49,6 +49,7 @@ pub fn clone(
             }
         }
     }
+    clones.wait_for_machines();
     // Those that were killed have left their containers, which listing removes.
     container::list(paths)?;
     Ok(signal.map_or(code, |signal| 128u8.wrapping_add(signal as u8)))
