@@ -17,6 +17,7 @@
 //! ```
 
 pub mod archive;
+pub mod conversion;
 mod digest;
 pub mod document;
 pub mod erofs;

@@ -279,7 +279,7 @@ fn load_docker(
         file: "manifest.json".to_owned(),
         error,
     })?;
-    work.commit(&bytes, OCI_MANIFEST, &manifest, &config, names, Vec::new())
+    work.commit(&bytes, OCI_MANIFEST, &manifest, names, Vec::new())
 }
 
 /// Up to four bytes, to see how a layer is packed.
@@ -455,7 +455,7 @@ fn load_oci(
         let by = format!("manifest {}", entry.digest);
         let config_bytes = oci_document(container, &manifest.config, &by)?;
         let what = format!("{}: configuration {}", path.display(), manifest.config.digest);
-        let config = document::parse_config(&what, &config_bytes, manifest.layers.len())?;
+        document::parse_config(&what, &config_bytes, manifest.layers.len())?;
         for layer in &manifest.layers {
             let file = blob_name(&layer.digest);
             let mut blob = container.open(&file, &by)?;
@@ -479,7 +479,7 @@ fn load_oci(
             None => &entry.media_type,
         };
         let names = name.into_iter().collect();
-        return work.commit(&bytes, media_type, &manifest, &config, names, Vec::new());
+        return work.commit(&bytes, media_type, &manifest, names, Vec::new());
     }
     let what = format!("{}: {}", path.display(), entry.digest);
     Err(document::DocumentError::Nested { what }.into())

@@ -155,7 +155,7 @@ async fn fetch(
         } else {
             client.small_blob(&what, &wanted).await?
         };
-        let config = document::parse_config(&what, &config_bytes, manifest.layers.len())?;
+        document::parse_config(&what, &config_bytes, manifest.layers.len())?;
         let mut seen = BTreeSet::new();
         let layers = manifest.layers.iter().filter(|layer| seen.insert((layer.digest, layer.size)));
         let downloads: Vec<_> = layers
@@ -176,7 +176,7 @@ async fn fetch(
         let repo_digest = reference.with_digest(top_digest.unwrap_or(digest));
         let media_type = manifest.media_type.clone().unwrap_or(media_type);
         let media_type = if media_type.is_empty() { OCI_MANIFEST } else { &media_type };
-        return work.commit(&bytes, media_type, &manifest, &config, names, vec![repo_digest]);
+        return work.commit(&bytes, media_type, &manifest, names, vec![repo_digest]);
     }
     let what = format!("image index of {reference}");
     Err(document::DocumentError::Nested { what }.into())

@@ -11,10 +11,11 @@ use tempfile::NamedTempFile;
 
 use super::lock::{Lock, Mode};
 use super::{Store, database, database::Record};
+use crate::conversion::Converter;
 use crate::digest::{Digest, Hasher};
-use crate::document::{Config, Manifest};
+use crate::document::Manifest;
 use crate::error::Error;
-use crate::image::{Image, chain_id};
+use crate::image::Image;
 use crate::reference::Reference;
 
 /// What is known of a blob before it is read.
@@ -43,6 +44,11 @@ impl<'a> Work<'a> {
             None => store.lock(&path, Mode::Shared)?,
         };
         Ok(Work { store, _temp: lock, held: RefCell::default() })
+    }
+
+    /// What reads the bytes of strangers.
+    pub(crate) fn converter(&self) -> &dyn Converter {
+        &*self.store.converter
     }
 
     /// A new file that vanishes unless it is kept.
@@ -177,7 +183,6 @@ impl<'a> Work<'a> {
         bytes: &[u8],
         media_type: &str,
         manifest: &Manifest,
-        config: &Config,
         names: Vec<Reference>,
         repo_digests: Vec<Reference>,
     ) -> Result<Image, Error> {
@@ -191,7 +196,6 @@ impl<'a> Work<'a> {
             media_type: media_type.to_owned(),
             size: bytes.len() as u64,
             config: manifest.config.digest,
-            chain: chain_id(config.diff_ids.iter().copied()),
             tagged: i64::try_from(now.as_secs()).ok().filter(|_| !names.is_empty()),
             names,
             repo_digests,
