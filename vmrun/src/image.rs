@@ -2,6 +2,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
+use engine::converter::store;
 use engine::paths::Paths;
 use images::{PruneOptions, Removed, SaveFormat, Source, Store};
 
@@ -12,9 +13,15 @@ use crate::{Failure, output};
 
 /// Carries out a subcommand.
 pub fn image(paths: &Paths, command: ImageCommand) -> Result<(), Failure> {
-    let store = Store::open(&paths.images())?;
+    let unconfined = match &command {
+        ImageCommand::Pull { converter, .. } | ImageCommand::Load { converter, .. } => {
+            converter.unconfined.as_slice()
+        }
+        _ => &[],
+    };
+    let store = store(paths, unconfined)?;
     match command {
-        ImageCommand::Pull { source, quiet, plain_http } => {
+        ImageCommand::Pull { source, quiet, plain_http, .. } => {
             let source: Source = source.parse()?;
             let bars = Bars::new(quiet);
             let image = store.pull(&source, &pull_options(plain_http), &bars)?;
@@ -39,7 +46,7 @@ pub fn image(paths: &Paths, command: ImageCommand) -> Result<(), Failure> {
                 }
             }
         }
-        ImageCommand::Load { input, quiet } => {
+        ImageCommand::Load { input, quiet, .. } => {
             let bars = Bars::new(quiet);
             let images = match input {
                 Some(path) => store.load(&path, &bars)?,

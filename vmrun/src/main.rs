@@ -39,6 +39,7 @@ impl Failure {
 }
 
 fn main() -> ExitCode {
+    engine::converter::become_converter(std::env::args_os());
     let options = match command::parse(std::env::args_os().collect()) {
         Ok(options) => options,
         Err(error) => {

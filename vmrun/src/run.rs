@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::net::IpAddr;
 
+use engine::converter::store;
 use engine::kernel::Kernels;
 use engine::network::Dns;
 use engine::paths::Paths;
@@ -10,7 +11,7 @@ use engine::run::{self, NetworkMode, Origin, RunError, RunOptions};
 use engine::snapshot::Snapshot;
 use engine::spec::{self, ProcessOptions};
 use engine::stdio;
-use images::{PullOptions, PullPolicy, Store};
+use images::{PullOptions, PullPolicy};
 
 use crate::bars::Bars;
 use crate::command::{Pull, RunArguments};
@@ -31,7 +32,7 @@ pub fn run(paths: &Paths, mut arguments: RunArguments, debug: bool) -> Result<u8
         take_over(&mut options, snapshot);
         // Before any thread is made, so that signals wait for the one that forwards them.
         stdio::block_signals()?;
-        let store = Store::open(&paths.images())?;
+        let store = store(paths, &arguments.confinement.unconfined)?;
         let found = store.find(&snapshot.manifest.image_id)?;
         let image = found.ok_or_else(|| snapshot.image_error("removed"))?;
         let _lease = store.hold(&image)?;
@@ -42,7 +43,7 @@ pub fn run(paths: &Paths, mut arguments: RunArguments, debug: bool) -> Result<u8
     let kernel = Kernels::open(paths.state()).resolve(arguments.kernel.as_deref())?;
     stdio::block_signals()?;
 
-    let store = Store::open(&paths.images())?;
+    let store = store(paths, &arguments.confinement.unconfined)?;
     let bars = Bars::new(arguments.quiet);
     let policy = match arguments.pull {
         Pull::Always => PullPolicy::Always,

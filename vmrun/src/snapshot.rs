@@ -1,11 +1,12 @@
 //! `vmrun snapshot`.
 
+use engine::converter::store;
 use engine::kernel::Kernels;
 use engine::paths::Paths;
 use engine::run::{self, WarmOptions};
 use engine::snapshot::{self, Snapshot};
 use engine::{spec, stdio};
-use images::{PullPolicy, Store};
+use images::PullPolicy;
 use serde::Serialize;
 
 use crate::bars::Bars;
@@ -92,7 +93,7 @@ fn create_warm(
         debug,
     };
     let kernel = Kernels::open(paths.state()).resolve(arguments.kernel.as_deref())?;
-    let store = Store::open(&paths.images())?;
+    let store = store(paths, &arguments.confinement.unconfined)?;
     let bars = Bars::new(false);
     let image =
         store.obtain(&arguments.source, PullPolicy::Missing, &pull_options(false), &bars)?;
