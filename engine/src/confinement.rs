@@ -1,23 +1,13 @@
 //! Where and as whom a VMM runs: a jail that it enters by itself before it does anything else, with
 //! what this says as its walls.
 
-use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 pub use jail::Step;
-use nix::fcntl::{Flock, FlockArg};
-
-/// Users that VMMs of root's become, one each: a range that neither systemd nor the tools for
-/// subordinate ids give to anyone.
-const USERS: std::ops::Range<u32> = 0x7000_0000..0x7001_0000;
-/// Whose locks are here, whatever the state directory is: users are the host's.
-const LOCKS: &str = "/run/vmrun/users";
-/// How often a user is drawn before all are tried in turn.
-const DRAWS: usize = 32;
+use jail::User;
 
 /// Memory of a VMM beside the guest's, in bytes: the program, the host's page tables for the guest
 /// (a 256th at most) and the page cache of its disks, which gives way where it is short.
@@ -58,19 +48,12 @@ pub struct Confinement {
     unconfined: Vec<Step>,
 }
 
-/// A user that no other VMM is, as long as its lock is held.
-#[derive(Debug)]
-struct User {
-    id: u32,
-    lock: Flock<File>,
-}
-
 impl Confinement {
     /// The jail of a VMM to come.
     pub fn new(policy: &Policy) -> io::Result<Confinement> {
         let root = nix::unistd::geteuid().is_root();
         Ok(Confinement {
-            user: root.then(|| User::take(Path::new(LOCKS))).transpose()?,
+            user: root.then(User::take).transpose()?,
             parent: policy.cgroup_parent.clone().unwrap_or_else(|| "vmrun".into()),
             unconfined: policy.unconfined.clone(),
         })
@@ -78,7 +61,7 @@ impl Confinement {
 
     /// What has to be held as long as the VMM runs.
     pub fn lock(&self) -> Option<RawFd> {
-        self.user.as_ref().map(|user| user.lock.as_raw_fd())
+        self.user.as_ref().map(User::lock)
     }
 
     /// Where the jail's cgroup will be, where there is to be one.
@@ -94,7 +77,7 @@ impl Confinement {
     pub fn arguments(&self, command: &mut Command, sockets: &Path, share: Share) {
         command.args(["--jail", "--empty-root", "--visible"]).arg(sockets);
         if let Some(user) = &self.user {
-            let id = user.id.to_string();
+            let id = user.id().to_string();
             command.args(["--uid", &id, "--gid", &id]);
         }
         for step in &self.unconfined {
@@ -117,61 +100,9 @@ impl Confinement {
     }
 }
 
-impl User {
-    fn take(locks: &Path) -> io::Result<User> {
-        DirBuilder::new().recursive(true).mode(0o700).create(locks)?;
-        for _ in 0..DRAWS {
-            let mut bytes = [0; 2];
-            crate::random::fill(&mut bytes)?;
-            if let Some(user) =
-                User::lock(locks, USERS.start + u32::from(u16::from_ne_bytes(bytes)))?
-            {
-                return Ok(user);
-            }
-        }
-        for id in USERS {
-            if let Some(user) = User::lock(locks, id)? {
-                return Ok(user);
-            }
-        }
-        Err(io::Error::other("every user that a VMM can become is taken"))
-    }
-
-    /// The user, where no VMM is.
-    fn lock(locks: &Path, id: u32) -> io::Result<Option<User>> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-            .open(locks.join(id.to_string()))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Some(User { id, lock })),
-            Err((_, nix::Error::EWOULDBLOCK)) => Ok(None),
-            Err((_, error)) => Err(error.into()),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn no_two_vmms_are_one_user() {
-        let folder = tempfile::tempdir().unwrap();
-        let users: Vec<_> = (0..100).map(|_| User::take(folder.path()).unwrap()).collect();
-        let mut ids: Vec<_> = users.iter().map(|user| user.id).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        assert_eq!(ids.len(), users.len());
-        assert!(ids.iter().all(|id| USERS.contains(id)));
-        let first = users[0].id;
-        assert!(User::lock(folder.path(), first).unwrap().is_none());
-        drop(users);
-        assert!(User::lock(folder.path(), first).unwrap().is_some());
-    }
 
     #[test]
     fn a_machine_gets_what_it_was_promised_and_a_little_more() {

@@ -2,9 +2,11 @@
 
 pub mod agent;
 pub mod clones;
+mod confined;
 pub mod confinement;
 pub mod container;
 mod conversation;
+pub mod converter;
 pub mod disk;
 pub mod doctor;
 #[cfg(feature = "fuzzing")]

@@ -885,7 +885,7 @@ impl Launch<'_> {
             }
             confinement.arguments(command, container.run(), share);
         };
-        Vmm::start(self.program, arguments, &inherited, log).map_err(|error| match error {
+        vmm::start(self.program, arguments, &inherited, log).map_err(|error| match error {
             vmm::StartError::Program(error) => at(self.program)(error),
             vmm::StartError::Refused => RunError::Machine(refusal(container)),
         })

@@ -209,7 +209,7 @@ pub enum Document {
 }
 
 /// How a layer is packed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Compression {
     /// A plain tar.
     None,

@@ -45,6 +45,14 @@ pub enum Error {
         /// Which layer and entry.
         error: ConvertError,
     },
+    /// The process that reads layers or archives.
+    #[error("cannot convert {what}: {reason}")]
+    Converter {
+        /// The image's name or id, or the archive's path.
+        what: String,
+        /// What became of it.
+        reason: String,
+    },
     /// The store's own files.
     #[error("cannot {action} {}: {error}{}", path.display(), hint(.error))]
     Io {

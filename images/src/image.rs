@@ -50,21 +50,21 @@ impl Image {
         self.config_digest
     }
 
-    /// Identifies the merged layers: the chain id of the OCI image specification ("Layer ChainID").
-    /// Of an image without layers, the digest of nothing.
-    pub fn chain_id(&self) -> Digest {
-        chain_id(self.layers.iter().map(|layer| layer.diff_id))
+    /// Identifies the root device: the blobs that it is made of and what they have to unpack to.
+    ///
+    /// Not the chain id of the OCI image specification, which is made of diff ids alone: an image
+    /// says of itself which those are, and that it is right is found by a process that its layers
+    /// may have taken over. The blobs' digests are true, so that nobody can have a device made
+    /// which is then another image's.
+    pub fn device_id(&self) -> Digest {
+        let line = |layer: &Layer| format!("{} {}\n", layer.digest, layer.diff_id);
+        Digest::of(self.layers.iter().map(line).collect::<String>().as_bytes())
     }
 
     /// A name for messages: its name, or its short id.
     pub fn title(&self) -> String {
         self.name.as_ref().map_or_else(|| self.config_digest.short(), Reference::to_string)
     }
-}
-
-pub(crate) fn chain_id(diff_ids: impl IntoIterator<Item = Digest>) -> Digest {
-    let chain = |above: Digest, id: Digest| Digest::of(format!("{above} {id}").as_bytes());
-    diff_ids.into_iter().reduce(chain).unwrap_or_else(|| Digest::of(b""))
 }
 
 /// A line of `image ls`: one image with all its names. Serializes as a JSON object.

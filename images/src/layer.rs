@@ -2,14 +2,16 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
 
 use crate::digest::{Digest, Hasher};
 use crate::document::Compression;
 
 /// Bounds on what a compressed blob may unpack to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnpackLimits {
     /// Bytes a blob may unpack to.
     pub bytes: u64,
@@ -29,13 +31,11 @@ impl Default for UnpackLimits {
 /// Why a layer cannot be unpacked.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
-    /// The blob could not be opened or read.
-    #[error("layer {layer}: cannot read {}: {error}", path.display())]
+    /// The blob could not be read.
+    #[error("layer {layer}: cannot read its blob: {error}")]
     Read {
         /// The blob's digest.
         layer: Digest,
-        /// Its file.
-        path: PathBuf,
         /// What the system said.
         error: io::Error,
     },
@@ -81,6 +81,9 @@ pub enum LayerError {
         /// The diff id.
         expected: Digest,
     },
+    /// Any of these, in the words of the process that found it.
+    #[error("{0}")]
+    Reported(String),
 }
 
 /// What became of a [`Layer`], kept apart because readers in between lose an error's type.
@@ -95,21 +98,20 @@ pub(crate) struct Outcome {
 /// A shared view on an [`Outcome`].
 pub(crate) type Shared = Arc<Mutex<Outcome>>;
 
-/// A layer's tar stream. The blob is opened at the first read; the digest is checked at the end.
-pub(crate) struct Layer {
+/// A layer's tar stream. The blob is first read when the stream is; the digest is checked at the end.
+pub(crate) struct Layer<'a> {
     digest: Digest,
     diff_id: Digest,
-    path: PathBuf,
     expected: Compression,
     limits: UnpackLimits,
     state: State,
     outcome: Shared,
     /// Told the bytes of the blob read so far.
-    progress: Box<dyn FnMut(u64) + Send>,
+    progress: Box<dyn FnMut(u64) + 'a>,
 }
 
 enum State {
-    Closed,
+    Closed(File),
     Open(Box<Stream>),
     Done,
 }
@@ -183,26 +185,25 @@ impl Unpacker {
     }
 }
 
-impl Layer {
-    /// The stream of the blob `digest` in the file `path`, which must unpack to `diff_id`.
+impl<'a> Layer<'a> {
+    /// The stream of the blob `digest` in `file`, which must unpack to `diff_id`.
     pub(crate) fn new(
         digest: Digest,
         diff_id: Digest,
-        path: PathBuf,
+        file: File,
         expected: Compression,
         limits: UnpackLimits,
-        progress: Box<dyn FnMut(u64) + Send>,
-    ) -> (Layer, Shared) {
+        progress: Box<dyn FnMut(u64) + 'a>,
+    ) -> (Layer<'a>, Shared) {
         let outcome = Shared::default();
         let shared = outcome.clone();
-        let state = State::Closed;
-        (Layer { digest, diff_id, path, expected, limits, state, outcome, progress }, shared)
+        let state = State::Closed(file);
+        (Layer { digest, diff_id, expected, limits, state, outcome, progress }, shared)
     }
 
-    fn open(&self) -> Result<Stream, LayerError> {
+    fn open(&self, mut file: File) -> Result<Stream, LayerError> {
         let layer = self.digest;
-        let read = |error| LayerError::Read { layer, path: self.path.clone(), error };
-        let mut file = File::open(&self.path).map_err(read)?;
+        let read = |error| LayerError::Read { layer, error };
         let packed = file.metadata().map_err(read)?.len();
         let compression = sniff(&mut file).map_err(read)?;
         if compression != self.expected {
@@ -219,8 +220,11 @@ impl Layer {
         if buf.is_empty() {
             return Ok(0);
         }
-        if let State::Closed = self.state {
-            self.state = State::Open(Box::new(self.open()?));
+        if let State::Closed(_) = self.state
+            && let State::Closed(file) = std::mem::replace(&mut self.state, State::Done)
+        {
+            (self.progress)(0);
+            self.state = State::Open(Box::new(self.open(file)?));
         }
         let State::Open(stream) = &mut self.state else { return Ok(0) };
         let layer = self.digest;
@@ -230,7 +234,7 @@ impl Layer {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     return Err(match stream.unpacker.blob().failed.take() {
-                        Some(error) => LayerError::Read { layer, path: self.path.clone(), error },
+                        Some(error) => LayerError::Read { layer, error },
                         None => {
                             let compression = stream.compression;
                             LayerError::Damaged { layer, compression, error }
@@ -264,7 +268,7 @@ impl Layer {
     }
 }
 
-impl Read for Layer {
+impl Read for Layer<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.fill(buf).map_err(|error| {
             let shown = io::Error::other(error.to_string());
@@ -298,17 +302,16 @@ fn sniff(file: &mut File) -> io::Result<Compression> {
 }
 
 /// Unpacks a whole archive file (a `docker save` piped through gzip or zstd) into `output`, within
-/// `limits`; `false` if it is not packed, and nothing was written.
+/// `limits`; the file itself if it is not packed, and nothing was written.
 pub(crate) fn unpack_archive(
     path: &Path,
-    file: &File,
+    mut file: File,
     output: &mut dyn io::Write,
     limits: &UnpackLimits,
-) -> io::Result<bool> {
-    let mut file = file.try_clone()?;
+) -> io::Result<Option<File>> {
     let compression = sniff(&mut file)?;
     if compression == Compression::None {
-        return Ok(false);
+        return Ok(Some(file));
     }
     let packed = file.metadata()?.len();
     let limit = limit(limits, packed);
@@ -318,7 +321,7 @@ pub(crate) fn unpack_archive(
     let mut out = 0u64;
     loop {
         let read = match unpacker.read(&mut buffer) {
-            Ok(0) => return Ok(true),
+            Ok(0) => return Ok(None),
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),

@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod archive;
+pub mod conversion;
 mod digest;
 pub mod document;
 pub mod erofs;

@@ -14,6 +14,7 @@ mod error;
 mod namespaces;
 mod privileges;
 mod root;
+mod users;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ use std::path::PathBuf;
 pub use cgroup::Cgroup;
 pub use error::{JailError, Step};
 pub use nix::sys::resource::Resource;
+pub use users::User;
 
 /// What a process is confined to.
 #[derive(Debug)]

@@ -53,8 +53,7 @@ pub fn join_network(path: &Path) -> Result<(), JailError> {
 /// New namespaces, in whose user namespace there is one user and one group, under the numbers that
 /// they have outside.
 pub fn unshare(uid: u32, gid: u32, network: bool) -> Result<(), JailError> {
-    let (mut go, gone) = pipe()?;
-    let mut map = fork_mapper(Pid::this(), uid, gid, gone)?;
+    let mut map = fork_mapper(Pid::this(), uid, gid)?;
     let mut flags = CloneFlags::CLONE_NEWUSER
         | CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWPID
@@ -63,8 +62,7 @@ pub fn unshare(uid: u32, gid: u32, network: bool) -> Result<(), JailError> {
         | CloneFlags::CLONE_NEWCGROUP;
     flags.set(CloneFlags::CLONE_NEWNET, network);
     nix::sched::unshare(flags).map_err(failed("unshare"))?;
-    let _ = go.write_all(b"!");
-    drop(go);
+    let _ = map.go.write_all(b"!");
     let mut error = String::new();
     let _ = map.said.read_to_string(&mut error);
     let _ = waitpid(map.mapper, None);
@@ -80,6 +78,7 @@ const MAPPED: &str = "mapped";
 
 struct Mapper {
     mapper: Pid,
+    go: File,
     said: File,
 }
 
@@ -90,11 +89,14 @@ fn pipe() -> Result<(File, File), JailError> {
 }
 
 /// A process that stays outside until this one is in its new user namespace.
-fn fork_mapper(target: Pid, uid: u32, gid: u32, mut gone: File) -> Result<Mapper, JailError> {
+fn fork_mapper(target: Pid, uid: u32, gid: u32) -> Result<Mapper, JailError> {
+    let (go, mut gone) = pipe()?;
     let (mut say, said) = pipe()?;
     match do_fork().map_err(failed("fork"))? {
-        ForkResult::Parent { child } => Ok(Mapper { mapper: child, said }),
+        ForkResult::Parent { child } => Ok(Mapper { mapper: child, go, said }),
         ForkResult::Child => {
+            // With this end of it open here too, it would wait for itself.
+            drop(go);
             let mut byte = [0];
             // Where unshare failed there is nothing to map.
             if gone.read_exact(&mut byte).is_err() {

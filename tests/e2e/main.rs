@@ -9,6 +9,7 @@
 
 mod api;
 mod clones;
+mod converter;
 mod faults;
 mod images;
 mod jail;

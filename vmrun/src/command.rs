@@ -98,8 +98,9 @@ pub enum Pull {
 /// How VMMs are confined.
 #[derive(Args)]
 pub struct ConfinementArguments {
-    /// Go on where a part of the VMM's jail is not possible on this host: cgroup, namespaces,
-    /// landlock or seccomp. Each takes away a wall between the guest and the host
+    /// Go on where a part of the jail of the VMM and of the image's converter is not possible on
+    /// this host: cgroup, namespaces, landlock or seccomp. Each takes away a wall between the guest
+    /// and the host
     #[arg(long, value_name = "PART", env = "VMRUN_UNCONFINED", value_delimiter = ',')]
     pub unconfined: Vec<Step>,
     /// Make the VMM's cgroup below this one which, without a slash in front, begins for others than root
@@ -113,6 +114,15 @@ impl ConfinementArguments {
     pub fn policy(&self) -> Policy {
         Policy { unconfined: self.unconfined.clone(), cgroup_parent: self.cgroup_parent.clone() }
     }
+}
+
+/// How the process that converts images is confined.
+#[derive(Args)]
+pub struct ConverterArguments {
+    /// Go on where a part of the jail of the image's converter is not possible on this host:
+    /// namespaces, landlock or seccomp. Each takes away a wall between the image and the host
+    #[arg(long, value_name = "PART", env = "VMRUN_UNCONFINED", value_delimiter = ',')]
+    pub unconfined: Vec<Step>,
 }
 
 #[derive(Args)]
@@ -320,6 +330,8 @@ pub enum ImageCommand {
         /// Use plain HTTP
         #[arg(long)]
         plain_http: bool,
+        #[command(flatten)]
+        converter: ConverterArguments,
     },
     /// List images
     Ls {
@@ -360,6 +372,8 @@ pub enum ImageCommand {
         /// Print only the names
         #[arg(short, long)]
         quiet: bool,
+        #[command(flatten)]
+        converter: ConverterArguments,
     },
     /// Save images to an archive
     Save {

@@ -16,10 +16,10 @@ pub fn image(paths: &Paths, policy: Option<&Path>, command: ImageCommand) -> Res
     // What takes no image in asks no policy, so that one that is wrong is in nobody's way.
     let store = Store::open(&paths.images())?;
     match command {
-        ImageCommand::Pull { source, quiet, plain_http } => {
+        ImageCommand::Pull { source, quiet, plain_http, converter } => {
             let source: Source = source.parse()?;
             let bars = Bars::new(quiet);
-            let store = store::open(paths, policy)?;
+            let store = store::open(paths, policy, &converter.unconfined)?;
             let image = store.pull(&source, &pull_options(plain_http), &bars)?;
             // What a first run would wait for.
             store.root_device(&image, &bars)?;
@@ -42,9 +42,9 @@ pub fn image(paths: &Paths, policy: Option<&Path>, command: ImageCommand) -> Res
                 }
             }
         }
-        ImageCommand::Load { input, quiet } => {
+        ImageCommand::Load { input, quiet, converter } => {
             let bars = Bars::new(quiet);
-            let store = store::open(paths, policy)?;
+            let store = store::open(paths, policy, &converter.unconfined)?;
             let images = match input {
                 Some(path) => store.load(&path, &bars)?,
                 None if io::stdin().is_terminal() => {

@@ -42,6 +42,7 @@ impl Failure {
 }
 
 fn main() -> ExitCode {
+    engine::converter::become_converter(std::env::args_os());
     let options = match command::parse(std::env::args_os().collect()) {
         Ok(options) => options,
         Err(error) => {

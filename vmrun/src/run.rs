@@ -37,7 +37,7 @@ pub fn run(
         take_over(&mut options, snapshot);
         // Before any thread is made, so that signals wait for the one that forwards them.
         stdio::block_signals()?;
-        let store = store::open(paths, policy)?;
+        let store = store::open(paths, policy, &arguments.confinement.unconfined)?;
         let found = store.find(&snapshot.manifest.image_id)?;
         let image = found.ok_or_else(|| snapshot.image_error("removed"))?;
         let _lease = store.hold(&image)?;
@@ -48,7 +48,7 @@ pub fn run(
     let kernel = Kernels::open(paths.state()).resolve(arguments.kernel.as_deref())?;
     stdio::block_signals()?;
 
-    let store = store::open(paths, policy)?;
+    let store = store::open(paths, policy, &arguments.confinement.unconfined)?;
     let bars = Bars::new(arguments.quiet);
     let policy = match arguments.pull {
         Pull::Always => PullPolicy::Always,

@@ -100,7 +100,7 @@ fn create_warm(
         debug,
     };
     let kernel = Kernels::open(paths.state()).resolve(arguments.kernel.as_deref())?;
-    let store = store::open(paths, policy)?;
+    let store = store::open(paths, policy, &arguments.confinement.unconfined)?;
     let bars = Bars::new(false);
     let image =
         store.obtain(&arguments.source, PullPolicy::Missing, &pull_options(false), &bars)?;

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use engine::confinement::Step;
+use engine::converter;
 use engine::paths::Paths;
 use images::{Policy, Store};
 
@@ -9,7 +11,8 @@ use crate::Failure;
 
 /// Opens the store. `policy` is the file that the user names; without it the first of vmrun's own and
 /// those of other container tools counts, and without any of those everything is accepted.
-pub fn open(paths: &Paths, policy: Option<&Path>) -> Result<Store, Failure> {
+/// What parses an image's bytes is confined but for `unconfined`.
+pub fn open(paths: &Paths, policy: Option<&Path>, unconfined: &[Step]) -> Result<Store, Failure> {
     let policy = match policy {
         Some(path) => Some(Policy::read(path)?),
         None => {
@@ -17,7 +20,7 @@ pub fn open(paths: &Paths, policy: Option<&Path>) -> Result<Store, Failure> {
             Policy::find(&files(of("XDG_CONFIG_HOME"), of("HOME")))?
         }
     };
-    Ok(Store::open(&paths.images())?.with_policy(policy))
+    Ok(converter::store(paths, unconfined)?.with_policy(policy))
 }
 
 /// Where a policy is sought, in this order.

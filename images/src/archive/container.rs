@@ -8,9 +8,11 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use serde::{Deserialize, Serialize};
 use tar::EntryType;
 
 use super::ArchiveError;
+use crate::conversion::{ConversionError, Message, Task};
 use crate::document::DOCUMENT_MAX;
 use crate::error::Error;
 use crate::layer::{UnpackLimits, unpack_archive};
@@ -34,10 +36,14 @@ pub(super) enum Container {
     Folder { path: PathBuf },
 }
 
-/// What an entry's name stands for.
-pub(super) enum Place {
+/// What the name of an archive's entry stands for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Place {
+    /// Bytes of the archive.
     File {
+        /// Where they begin.
         offset: u64,
+        /// How many there are.
         size: u64,
     },
     /// Another entry's name.
@@ -96,10 +102,29 @@ impl Container {
             let expected = "a regular file";
             return Err(ArchiveError::NotA { path: path.to_owned(), expected }.into());
         }
-        let mut unpacked = work.temp_file()?;
-        let packed = unpack_archive(path, &file, &mut unpacked, limits).map_err(read)?;
+        let unpacked = work.temp_file()?;
+        let task = Task::Archive { name: path.display().to_string(), unpack: limits.clone() };
+        let (mut packed, mut told) = (false, Index::default());
+        let inputs = vec![file.try_clone().map_err(read)?];
+        let tell = &mut |message| match message {
+            Message::Packed(is) => packed = is,
+            Message::Entry(name, place) => told.add(name, place),
+            _ => {}
+        };
+        let done = work.converter().run(&task, inputs, unpacked.as_file(), tell);
+        done.map_err(|error| match error {
+            ConversionError::Archive(error) => error.into(),
+            ConversionError::Layer(error) => Error::from(error),
+            ConversionError::Convert(error) => {
+                Error::Converter { what: path.display().to_string(), reason: error.to_string() }
+            }
+            ConversionError::Process(reason) => {
+                Error::Converter { what: path.display().to_string(), reason }
+            }
+        })?;
         let file = if packed { unpacked.into_file() } else { file };
-        let entries = index(path, &file)?;
+        let length = file.metadata().map_err(read)?.len();
+        let entries = told.checked(path, length)?;
         Ok(Container::Tar { path: path.to_owned(), real: None, file, entries })
     }
 
@@ -252,16 +277,77 @@ impl Seek for Metered {
     }
 }
 
+/// What was told of an archive, by somebody whom the archive may have taken over.
+#[derive(Default)]
+struct Index {
+    entries: HashMap<String, Place>,
+    names: usize,
+    wrong: Option<&'static str>,
+}
+
+impl Index {
+    fn add(&mut self, name: String, place: Place) {
+        let target = match &place {
+            Place::Link(target) => target.as_str(),
+            Place::File { .. } => "",
+        };
+        self.names = self.names.saturating_add(name.len()).saturating_add(target.len());
+        let inside = |name: &str| normal(name).is_some_and(|normal| normal == name);
+        if self.entries.len() >= ENTRIES_MAX || self.names > 2 * NAMES_MAX {
+            self.wrong = Some("too many entries");
+        } else if !inside(&name) || (!target.is_empty() && !inside(target)) {
+            self.wrong = Some("a name that leads out of it");
+        } else if self.entries.insert(name, place).is_some() {
+            self.wrong = Some("two entries of one name");
+        }
+    }
+
+    /// The entries, where all of them are within an archive of so many bytes.
+    fn checked(self, path: &Path, length: u64) -> Result<HashMap<String, Place>, Error> {
+        let outside = |place: &Place| match place {
+            Place::File { offset, size } => {
+                offset.checked_add(*size).is_none_or(|end| end > length)
+            }
+            Place::Link(_) => false,
+        };
+        let beyond = self.entries.values().any(outside).then_some("an entry beyond its end");
+        match self.wrong.or(beyond) {
+            None => Ok(self.entries),
+            Some(what) => Err(Error::Converter {
+                what: path.display().to_string(),
+                reason: format!("what was told of it has {what}"),
+            }),
+        }
+    }
+}
+
+/// Reads the headers of an archive, and tells where its files are; one that is packed is unpacked to
+/// `output` first.
+pub(crate) fn scan(
+    path: &Path,
+    input: File,
+    mut output: File,
+    limits: &UnpackLimits,
+    tell: &mut dyn FnMut(Message),
+) -> Result<(), ArchiveError> {
+    let read = |error| ArchiveError::Read { path: path.to_owned(), error };
+    let plain = unpack_archive(path, input, &mut output, limits).map_err(read)?;
+    tell(Message::Packed(plain.is_none()));
+    for (name, place) in index(path, plain.unwrap_or(output))? {
+        tell(Message::Entry(name, place));
+    }
+    Ok(())
+}
+
 /// Reads the headers of a tar file.
-fn index(path: &Path, file: &File) -> Result<HashMap<String, Place>, Error> {
+fn index(path: &Path, mut start: File) -> Result<HashMap<String, Place>, ArchiveError> {
     let bad = |error| ArchiveError::NotTar { path: path.to_owned(), error };
     let refuse = |entry: &str, reason: &str| ArchiveError::Entry {
         path: path.to_owned(),
         entry: entry.chars().take(300).collect(),
         reason: reason.to_owned(),
     };
-    let length = file.metadata().map_err(bad)?.len();
-    let mut start = file.try_clone().map_err(bad)?;
+    let length = start.metadata().map_err(bad)?.len();
     start.seek(SeekFrom::Start(0)).map_err(bad)?;
     let budget = Rc::new(Cell::new(HEADERS_MAX));
     let file = io::BufReader::with_capacity(4096, start);
@@ -279,11 +365,11 @@ fn index(path: &Path, file: &File) -> Result<HashMap<String, Place>, Error> {
         names = names.saturating_add(shown.len());
         if count > ENTRIES_MAX || names > NAMES_MAX {
             let limit = ENTRIES_MAX;
-            return Err(ArchiveError::TooManyEntries { path: path.to_owned(), limit }.into());
+            return Err(ArchiveError::TooManyEntries { path: path.to_owned(), limit });
         }
         let (offset, size) = (entry.raw_file_position(), entry.size());
         if offset.checked_add(size).is_none_or(|end| end > length) {
-            return Err(refuse(&shown, "the file ends before it does").into());
+            return Err(refuse(&shown, "the file ends before it does"));
         }
         let place = match entry.header().entry_type() {
             EntryType::Regular | EntryType::Continuous => Place::File { offset, size },
@@ -300,18 +386,18 @@ fn index(path: &Path, file: &File) -> Result<HashMap<String, Place>, Error> {
                 };
                 match normal(&from) {
                     Some(target) => Place::Link(target),
-                    None => return Err(refuse(&shown, "its link leads out of the archive").into()),
+                    None => return Err(refuse(&shown, "its link leads out of the archive")),
                 }
             }
             EntryType::Directory | EntryType::XGlobalHeader => continue,
-            _ => return Err(refuse(&shown, "only files, directories and links are allowed").into()),
+            _ => return Err(refuse(&shown, "only files, directories and links are allowed")),
         };
         let Some(name) = std::str::from_utf8(&raw).ok().and_then(normal) else {
-            return Err(refuse(&shown, "its name leads out of the archive").into());
+            return Err(refuse(&shown, "its name leads out of the archive"));
         };
         if found.insert(name, place).is_some() {
             // Which of the two counts would depend on who reads the archive.
-            return Err(refuse(&shown, "there are two entries of this name").into());
+            return Err(refuse(&shown, "there are two entries of this name"));
         }
     }
     Ok(found)

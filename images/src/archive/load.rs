@@ -284,7 +284,7 @@ fn load_docker(
     })?;
     let provenance = Provenance { origins: vec![origin], ..Provenance::default() };
     let arrival = Arrival { names, repo_digests: Vec::new(), provenance };
-    work.commit(&bytes, OCI_MANIFEST, &manifest, &config, arrival)
+    work.commit(&bytes, OCI_MANIFEST, &manifest, arrival)
 }
 
 /// Up to four bytes, to see how a layer is packed.
@@ -462,7 +462,7 @@ fn load_oci(
         let by = format!("manifest {}", entry.digest);
         let config_bytes = oci_document(container, &manifest.config, &by)?;
         let what = format!("{}: configuration {}", path.display(), manifest.config.digest);
-        let config = document::parse_config(&what, &config_bytes, manifest.layers.len())?;
+        document::parse_config(&what, &config_bytes, manifest.layers.len())?;
         for layer in &manifest.layers {
             let file = blob_name(&layer.digest);
             let mut blob = container.open(&file, &by)?;
@@ -488,7 +488,7 @@ fn load_oci(
         let names = name.into_iter().collect();
         let provenance = Provenance { origins: vec![origin], ..Provenance::default() };
         let arrival = Arrival { names, repo_digests: Vec::new(), provenance };
-        return work.commit(&bytes, media_type, &manifest, &config, arrival);
+        return work.commit(&bytes, media_type, &manifest, arrival);
     }
     let what = format!("{}: {}", path.display(), entry.digest);
     Err(document::DocumentError::Nested { what }.into())

@@ -10,6 +10,8 @@ mod tests;
 use std::io;
 use std::path::PathBuf;
 
+pub use container::Place;
+pub(crate) use container::scan;
 pub(crate) use load::{pull_docker, pull_layout, pull_oci_archive};
 pub use save::SaveFormat;
 
@@ -139,6 +141,9 @@ pub enum ArchiveError {
         /// Those of `manifest.json`.
         layers: usize,
     },
+    /// Any of these, in the words of the process that found it.
+    #[error("{0}")]
+    Reported(String),
     /// The archive could not be written.
     #[error("cannot write the archive: {0}")]
     Write(#[source] io::Error),

@@ -268,6 +268,36 @@ impl Writer {
     }
 }
 
+/// The cheap part of a check of an image that somebody else has made: that its superblock is one of
+/// ours and whole, and that the file has the size that it says, at most `limit` bytes. The size, or
+/// what is wrong.
+pub fn check(file: &File, limit: u64) -> io::Result<Result<u64, &'static str>> {
+    let length = file.metadata()?.len();
+    if length > limit {
+        return Ok(Err("the root device is larger than it may be"));
+    }
+    if length < BLOCK {
+        return Ok(Err("the root device has no superblock"));
+    }
+    let mut sb = [0u8; 3072];
+    file.read_exact_at(&mut sb, 1024)?;
+    let field = |at: usize| {
+        let bytes = sb.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        bytes.map_or(0, u32::from_le_bytes)
+    };
+    let (magic, sum, shift, total) = (field(0), field(4), field(12) & 0xff, field(36));
+    sb[4..8].fill(0);
+    Ok(if magic != MAGIC || shift != BLOCK.trailing_zeros() {
+        Err("the root device is no EROFS")
+    } else if crc32c(&sb) != sum {
+        Err("the root device's superblock is damaged")
+    } else if u64::from(total) * BLOCK != length {
+        Err("the root device is not as long as its superblock says")
+    } else {
+        Ok(length)
+    })
+}
+
 struct Item {
     id: Id,
     parent: Id,

@@ -183,7 +183,7 @@ async fn fetch(
         } else {
             client.small_blob(&what, &wanted).await?
         };
-        let config = document::parse_config(&what, &config_bytes, manifest.layers.len())?;
+        document::parse_config(&what, &config_bytes, manifest.layers.len())?;
         let mut seen = BTreeSet::new();
         let layers = manifest.layers.iter().filter(|layer| seen.insert((layer.digest, layer.size)));
         let downloads: Vec<_> = layers
@@ -205,7 +205,7 @@ async fn fetch(
         let media_type = manifest.media_type.clone().unwrap_or(media_type);
         let media_type = if media_type.is_empty() { OCI_MANIFEST } else { &media_type };
         let arrival = Arrival { names, repo_digests: vec![repo_digest], provenance };
-        return work.commit(&bytes, media_type, &manifest, &config, arrival);
+        return work.commit(&bytes, media_type, &manifest, arrival);
     }
     let what = format!("image index of {reference}");
     Err(document::DocumentError::Nested { what }.into())

@@ -30,6 +30,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::rc::Rc;
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tar::EntryType;
 
@@ -39,15 +40,15 @@ use pax::Extended;
 use sparse::{Expanded, SparseError};
 
 /// A layer, as an uncompressed tar stream.
-pub struct LayerStream {
+pub struct LayerStream<'a> {
     /// The layer's digest, for messages and the volume's UUID.
     pub digest: String,
     /// The tar; read to its end.
-    pub reader: Box<dyn Read + Send>,
+    pub reader: Box<dyn Read + 'a>,
 }
 
 /// Bounds on what an image may ask for.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Limits {
     /// Entries of all layers together, and as many directories, those made for entries among them.
     pub entries: u64,
@@ -81,6 +82,15 @@ impl Default for Limits {
             xattrs: 128 << 10,
             headers: 1 << 20,
         }
+    }
+}
+
+impl Limits {
+    /// Bytes that the output may have: those of all files, each with a last block that is not full,
+    /// and as many blocks for what else there is of the entries.
+    pub fn output(&self) -> u64 {
+        let blocks = self.entries.saturating_add(1).saturating_mul(2 * erofs::BLOCK);
+        self.bytes.saturating_add(blocks)
     }
 }
 
@@ -131,12 +141,15 @@ pub enum ConvertError {
     /// The output could not be written.
     #[error("cannot write the root file system: {0}")]
     Write(#[source] io::Error),
+    /// Any of these, in the words of the process that found it.
+    #[error("{0}")]
+    Reported(String),
 }
 
 /// Converts `layers`, lowest first, into one EROFS image in `output`, which must be empty.
 /// No layers give an empty root.
 pub fn convert(
-    layers: &mut [LayerStream],
+    layers: &mut [LayerStream<'_>],
     output: File,
     limits: &Limits,
 ) -> Result<Summary, ConvertError> {

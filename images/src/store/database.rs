@@ -15,7 +15,6 @@ use crate::reference::Reference;
 pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 const REPO_DIGESTS: &str = "dev.vmrun.repo-digests";
 const CONFIG: &str = "dev.vmrun.config";
-const CHAIN: &str = "dev.vmrun.chain";
 const TAGGED: &str = "dev.vmrun.tagged";
 
 /// An image.
@@ -25,7 +24,6 @@ pub(crate) struct Record {
     pub media_type: String,
     pub size: u64,
     pub config: Digest,
-    pub chain: Digest,
     pub names: Vec<Reference>,
     pub repo_digests: Vec<Reference>,
     pub tagged: Option<i64>,
@@ -59,7 +57,6 @@ fn parse(bytes: &[u8]) -> Result<Vec<Record>, String> {
                     media_type: entry.media_type.clone(),
                     size: entry.size,
                     config: digest(CONFIG)?,
-                    chain: digest(CHAIN)?,
                     names: Vec::new(),
                     repo_digests: Vec::new(),
                     tagged: get(TAGGED).and_then(|t| t.parse().ok()),
@@ -83,10 +80,7 @@ fn parse(bytes: &[u8]) -> Result<Vec<Record>, String> {
 /// The bytes of `index.json`.
 pub(crate) fn format(records: &[Record]) -> Vec<u8> {
     let manifests = records.iter().flat_map(|record| {
-        let mut annotations = BTreeMap::from([
-            (CONFIG.to_owned(), record.config.to_string()),
-            (CHAIN.to_owned(), record.chain.to_string()),
-        ]);
+        let mut annotations = BTreeMap::from([(CONFIG.to_owned(), record.config.to_string())]);
         if let Some(tagged) = record.tagged {
             annotations.insert(TAGGED.to_owned(), tagged.to_string());
         }
@@ -153,7 +147,6 @@ mod tests {
             media_type: crate::document::OCI_MANIFEST.into(),
             size: 3,
             config: Digest::of(b"config"),
-            chain: Digest::of(b"chain"),
             names: names.iter().map(|name| name.parse().unwrap()).collect(),
             repo_digests: Vec::new(),
             tagged: Some(7),

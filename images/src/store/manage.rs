@@ -255,12 +255,14 @@ impl Store {
         mine: Vec<(Digest, Lock)>,
     ) -> Result<(Vec<Digest>, u64), Error> {
         let mut live: BTreeSet<Digest> = BTreeSet::new();
+        let mut devices: BTreeSet<String> = BTreeSet::new();
         for record in records {
-            match self.manifest(&record.manifest) {
-                Ok(manifest) => {
+            match self.read_image(record, None) {
+                Ok(image) => {
                     live.insert(record.manifest);
-                    live.insert(manifest.config.digest);
-                    live.extend(manifest.layers.iter().map(|layer| layer.digest));
+                    live.insert(image.config_digest);
+                    live.extend(image.layers.iter().map(|layer| layer.digest));
+                    devices.insert(device_name(&image.device_id()));
                 }
                 Err(error) => {
                     // Which layers it needs is unknown, so nothing may go until it is removed.
@@ -288,7 +290,6 @@ impl Store {
             bytes = bytes.saturating_add(size);
             deleted.push(digest);
         }
-        let devices: BTreeSet<String> = records.iter().map(|r| device_name(&r.chain)).collect();
         let folder = self.root.join("erofs");
         for (name, size) in files(&folder)? {
             if !devices.contains(&name) {

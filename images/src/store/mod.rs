@@ -5,7 +5,7 @@
 //! ROOT/oci-layout  index.json       the layout; index.json is also the list of names
 //! ROOT/blobs/sha256/HEX             complete, checked, never changed
 //! ROOT/origins/HEX.json             where the image of this manifest came from, and its signatures
-//! ROOT/erofs/CHAIN.vN.erofs         root devices, made on demand, read-only
+//! ROOT/erofs/ID.vN.erofs            root devices, made on demand, read-only
 //! ROOT/partial/HEX                  downloads to take up again
 //! ROOT/tmp/                         files in the making; leftovers are removed by the next command
 //! ROOT/locks/                       see below
@@ -18,7 +18,7 @@
 //! - `locks/HEX.use` is held shared by who relies on a blob (a pull from before it looks for the
 //!   blob until the image is in the index, a running container on the manifest), and taken
 //!   exclusively by who removes it.
-//! - `locks/HEX.write` is held by the one process that downloads a blob, `locks/CHAIN.device` by
+//! - `locks/HEX.write` is held by the one process that downloads a blob, `locks/ID.device` by
 //!   the one that makes a root device. Others wait and then find the result.
 //! - `locks/temp` is held shared by who has files in `tmp`.
 
@@ -45,6 +45,7 @@ pub use manage::{PruneOptions, PruneReport, Removed};
 pub(crate) use work::{Arrival, Expected, Work};
 
 use crate::archive;
+use crate::conversion::{Converter, InProcess};
 use crate::digest::Digest;
 use crate::document::{self, DOCUMENT_MAX, Document, Manifest};
 use crate::error::Error;
@@ -85,6 +86,7 @@ pub struct Store {
     limits: UnpackLimits,
     tree: rootfs::Limits,
     policy: Option<Arc<Policy>>,
+    converter: Arc<dyn Converter>,
 }
 
 /// Keeps an image from being removed. Held until it is dropped; a process that inherits the
@@ -106,7 +108,8 @@ impl Store {
     /// Opens the store in `root`, and makes it where it is missing.
     pub fn open(root: &Path) -> Result<Store, Error> {
         let (limits, tree) = (UnpackLimits::default(), rootfs::Limits::default());
-        let store = Store { root: root.to_owned(), limits, tree, policy: None };
+        let converter = Arc::new(InProcess);
+        let store = Store { root: root.to_owned(), limits, tree, policy: None, converter };
         let layout = root.join("oci-layout");
         match fs::symlink_metadata(&layout) {
             Ok(_) => return Ok(store),
@@ -142,6 +145,12 @@ impl Store {
     /// The same store that takes in, and makes root devices of, only what `policy` accepts.
     pub fn with_policy(mut self, policy: Option<Policy>) -> Store {
         self.policy = policy.map(Arc::new);
+        self
+    }
+
+    /// The same store with what strangers made read by `converter`.
+    pub fn with_converter(mut self, converter: Arc<dyn Converter>) -> Store {
+        self.converter = converter;
         self
     }
 

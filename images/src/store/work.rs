@@ -11,10 +11,11 @@ use tempfile::NamedTempFile;
 
 use super::lock::{Lock, Mode};
 use super::{Store, database, database::Record};
+use crate::conversion::Converter;
 use crate::digest::{Digest, Hasher};
-use crate::document::{Config, Manifest};
+use crate::document::Manifest;
 use crate::error::Error;
-use crate::image::{Image, chain_id};
+use crate::image::Image;
 use crate::reference::Reference;
 use crate::signature::Provenance;
 
@@ -56,6 +57,11 @@ impl<'a> Work<'a> {
     /// The store it adds to.
     pub(crate) fn store(&self) -> &'a Store {
         self.store
+    }
+
+    /// What reads the bytes of strangers.
+    pub(crate) fn converter(&self) -> &dyn Converter {
+        &*self.store.converter
     }
 
     /// A new file that vanishes unless it is kept.
@@ -190,7 +196,6 @@ impl<'a> Work<'a> {
         bytes: &[u8],
         media_type: &str,
         manifest: &Manifest,
-        config: &Config,
         arrival: Arrival,
     ) -> Result<Image, Error> {
         let Arrival { names, repo_digests, provenance } = arrival;
@@ -204,7 +209,6 @@ impl<'a> Work<'a> {
             media_type: media_type.to_owned(),
             size: bytes.len() as u64,
             config: manifest.config.digest,
-            chain: chain_id(config.diff_ids.iter().copied()),
             tagged: i64::try_from(now.as_secs()).ok().filter(|_| !names.is_empty()),
             names,
             repo_digests,
