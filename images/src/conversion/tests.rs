@@ -114,7 +114,7 @@ fn another_process_finds_the_same_in_archives() {
 }
 
 #[test]
-fn hostile_a_root_device_is_what_it_is_and_not_what_is_said_of_it() {
+fn a_root_device_is_what_it_is_and_not_what_is_said_of_it() {
     let folder = tempfile::tempdir().unwrap();
     let honest = store(folder.path(), "honest", InProcess);
     let made = Made::small("1");
