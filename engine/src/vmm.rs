@@ -204,7 +204,12 @@ pub fn kill(pidfd: BorrowedFd<'_>) {
 pub fn describe(status: ExitStatus) -> String {
     if let Some(signal) = status.signal() {
         let name = Signal::try_from(signal).map_or("unknown", Signal::as_str);
-        return format!("the VMM was killed by signal {signal} ({name})");
+        // Nobody sends this one: it is how a filter ends a process.
+        let why = match signal {
+            libc::SIGSYS => ": it made a system call that its filter forbids",
+            _ => "",
+        };
+        return format!("the VMM was killed by signal {signal} ({name}){why}");
     }
     match status.code() {
         Some(exit_status::POWER_OFF) => "the guest switched itself off".to_owned(),
