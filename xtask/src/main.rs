@@ -9,6 +9,7 @@ mod fuzz;
 mod image;
 mod kernel;
 mod lab;
+mod syscalls;
 mod test;
 
 use std::process::ExitCode;
