@@ -84,7 +84,12 @@ pub fn start(
 /// What an unexpected end means, for a user.
 pub fn describe(status: ExitStatus) -> String {
     if let Some(signal) = status.signal() {
-        return format!("the VMM was killed by {}", signal_name(signal));
+        // Nobody sends this one: it is how a filter ends a process.
+        let why = match signal {
+            libc::SIGSYS => ": it made a system call that its filter forbids",
+            _ => "",
+        };
+        return format!("the VMM was killed by {}{why}", signal_name(signal));
     }
     match status.code() {
         Some(exit_status::POWER_OFF) => "the guest switched itself off".to_owned(),

@@ -87,6 +87,21 @@ fn a_vmm_has_nothing_of_the_host_but_what_it_was_given() {
     }
     assert_eq!(one.status("NoNewPrivs"), "1");
     assert_eq!(one.status("NSpid").split_whitespace().nth(1), Some("1"));
+    // Each thread has the filters of its kind (docs/seccomp.md), beside those it was made under.
+    let mut threads = Vec::new();
+    for entry in fs::read_dir(one.proc("task")).unwrap().map(Result::unwrap) {
+        let status = fs::read_to_string(entry.path().join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.unwrap_or_else(|| panic!("no {name}: {status}")).trim().to_owned()
+        };
+        assert_eq!(field("Seccomp"), "2", "{status}");
+        threads.push((field("Name"), field("Seccomp_filters")));
+    }
+    for (name, count) in [("api", "1"), ("vcpu0", "3"), ("vmrun-vmm loop", "3")] {
+        let thread = (name.to_owned(), count.to_owned());
+        assert!(threads.contains(&thread), "{thread:?}: {threads:?}");
+    }
     // Namespaces of its own.
     for name in ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"] {
         let name = format!("ns/{name}");

@@ -84,6 +84,9 @@ pub enum StartError {
         /// What the host says.
         error: std::io::Error,
     },
+    /// A thread cannot be confined.
+    #[error("{0}")]
+    Seccomp(#[from] crate::seccomp::InstallError),
 }
 
 impl StartError {

@@ -21,6 +21,7 @@ use crate::StartError;
 use crate::controller::Controller;
 use crate::device_manager::Subscriber;
 use crate::machine::lock;
+use crate::seccomp::{Seccomp, Thread};
 use crate::vcpu::{Halt, HaltSwitch};
 
 /// Time between two lines of metrics.
@@ -75,8 +76,12 @@ fn watch(ops: &mut EventOps, descriptor: RawFd) {
 }
 
 /// Serves the machine, and requests where there are any, and returns the exit status that says why
-/// it ended.
-pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, StartError> {
+/// it ended. Before it looks at anything that a guest did, its thread is confined.
+pub fn run(
+    mut controller: Controller,
+    calls: Option<Calls>,
+    seccomp: &Seccomp,
+) -> Result<i32, StartError> {
     let mut events = EventManager::<Subscriber>::new().map_err(|error| StartError::Device {
         device: "event loop".into(),
         reason: format!("{error:?}"),
@@ -93,6 +98,7 @@ pub fn run(mut controller: Controller, calls: Option<Calls>) -> Result<i32, Star
     let mut served = HashMap::new();
     loop {
         if let Some(running) = controller.take_up() {
+            seccomp.install(Thread::EventLoop)?;
             let guest = GuestEnd {
                 power: running.power.clone(),
                 halt: running.halt.clone(),

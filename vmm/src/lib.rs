@@ -17,6 +17,7 @@ mod msi;
 mod output_file;
 mod pci;
 mod pmem;
+pub mod seccomp;
 mod slots;
 pub mod snapshot;
 mod vcpu;

@@ -50,6 +50,7 @@ use crate::metadata::Link;
 use crate::metrics::Sample;
 use crate::pci::Pci;
 use crate::pmem::PmemPlaces;
+use crate::seccomp::Seccomp;
 use crate::slots::HotplugSlots;
 use crate::snapshot::memory_file::DirtyPages;
 use crate::snapshot::{MachineState, SavedDevice, SavedRegisters, VmState, saved_msrs};
@@ -77,6 +78,8 @@ pub struct Handed {
     pub metadata: Option<Arc<Mutex<Mmds>>>,
     /// Virtio devices are on a PCI bus; a machine from a snapshot has what that has.
     pub pci: bool,
+    /// What the processors' threads may do.
+    pub seccomp: Seccomp,
 }
 
 impl Handed {
@@ -91,6 +94,7 @@ impl Handed {
             boot_timer: self.boot_timer,
             metadata: self.metadata.clone(),
             pci: self.pci,
+            seccomp: self.seccomp.clone(),
         })
     }
 }
@@ -347,6 +351,7 @@ struct Parts {
     power: Arc<PowerSwitch>,
     halt: Arc<HaltSwitch>,
     generation: Generation,
+    seccomp: Seccomp,
 }
 
 impl Parts {
@@ -403,6 +408,7 @@ impl Parts {
             power,
             halt,
             generation,
+            seccomp: handed.seccomp,
         })
     }
 
@@ -423,7 +429,8 @@ impl Parts {
             .zip(vcpus)
             .map(|(id, fd)| {
                 let (memory, buses) = (memory.clone(), buses.clone());
-                Vcpu::spawn(id, fd, memory, buses, self.halt.clone(), saved_msrs.clone())
+                let (halt, saved_msrs) = (self.halt.clone(), saved_msrs.clone());
+                Vcpu::spawn(id, fd, memory, buses, halt, saved_msrs, &self.seccomp)
             })
             .collect::<Result<_, _>>()?;
         Ok(Running {

@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::StartError;
+use crate::seccomp::{self, Seccomp};
 use crate::snapshot::VcpuState;
 
 /// Where accesses that KVM hands to us go.
@@ -142,7 +143,8 @@ fn gone<T>(_: T) -> StartError {
 impl Vcpu {
     /// Starts a thread for a processor, which stands still at first. The thread holds `memory` and
     /// never ends, so what the slots map is there for as long as the guest can touch it.
-    /// [`prepare_signals`] was called before.
+    /// [`prepare_signals`] was called before. The thread makes no system calls but those that
+    /// `seccomp` has for it.
     pub fn spawn(
         id: u8,
         fd: VcpuFd,
@@ -150,8 +152,11 @@ impl Vcpu {
         buses: Buses,
         halt: Arc<HaltSwitch>,
         saved_msrs: Arc<[u32]>,
+        seccomp: &Seccomp,
     ) -> Result<Vcpu, StartError> {
         let (commands, receiver) = mpsc::channel();
+        let (confined, ready) = mpsc::channel();
+        let seccomp = seccomp.clone();
         let counters = Arc::<Counters>::default();
         let counted = counters.clone();
         let thread = thread::Builder::new()
@@ -159,10 +164,17 @@ impl Vcpu {
             .stack_size(256 << 10)
             .spawn(move || {
                 let _memory = memory;
+                let installed = seccomp.install(seccomp::Thread::Vcpu);
+                let failed = installed.is_err();
+                let _ = confined.send(installed);
+                if failed {
+                    return;
+                }
                 let commands = receiver;
                 Runner { id, fd, buses, halt, saved_msrs, commands, counters: counted }.serve();
             })
             .map_err(StartError::host("cannot start a vCPU thread"))?;
+        ready.recv().map_err(gone)??;
         Ok(Vcpu { commands, thread, counters })
     }
 

@@ -8,6 +8,7 @@ use std::path::Path;
 use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{Machine, MachineAnswer, exit_status};
 use vmm::controller::Controller;
+use vmm::seccomp::Seccomp;
 use vmm::{Handed, event_loop};
 
 /// An ELF kernel of this code at 1 MiB, entered by PVH.
@@ -60,7 +61,7 @@ fn run_with(code: &[u8], more: &str) -> Option<i32> {
     for request in ConfigFile::parse(config.as_bytes()).unwrap().into_requests() {
         assert_eq!(machine.handle(request).unwrap(), MachineAnswer::Done);
     }
-    Some(event_loop::run(machine, None).unwrap())
+    Some(event_loop::run(machine, None, &Seccomp::default()).unwrap())
 }
 
 #[test]

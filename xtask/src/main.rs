@@ -16,6 +16,7 @@ mod reproduce;
 #[cfg(test)]
 mod sources;
 mod supply;
+mod syscalls;
 mod test;
 #[cfg(test)]
 mod unsafety;

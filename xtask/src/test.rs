@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::command::{cargo, run, target};
-use crate::{build, debian, kernel, lab, supply};
+use crate::{build, debian, kernel, lab, supply, syscalls};
 
 /// Tools that unit tests use beside the lab's.
 const UNIT_TOOLS: [&str; 8] = [
@@ -159,13 +159,14 @@ fn end_to_end(assets: &Path, filter: &str) -> Result<()> {
         );
         groups.retain(|group| *group != PCI);
     }
+    let counted = tempfile::tempdir()?;
     let at_once = if machines { thread::available_parallelism()?.get().min(2) } else { 1 };
     let (waiting, failed) = (Mutex::new(groups.iter()), Mutex::new(Vec::new()));
     let work = || {
         loop {
             let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
             let Some(group) = next else { return };
-            if let Err(error) = run_group(&program, assets, group) {
+            if let Err(error) = run_group(&program, assets, group, counted.path()) {
                 eprintln!("xtask: {error:#}");
                 failed.lock().unwrap_or_else(PoisonError::into_inner).push(*group);
             }
@@ -178,16 +179,23 @@ fn end_to_end(assets: &Path, filter: &str) -> Result<()> {
     });
     let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
     ensure!(failed.is_empty(), "not all passed of {}", failed.join(" "));
-    Ok(())
+    // A part of the tests uses a part of the policy.
+    if groups == GROUPS { syscalls::compare(counted.path()) } else { Ok(()) }
 }
 
-/// Runs the tests of a group in the lab, in a process of its own, and shows what they said.
-fn run_group(program: &Path, assets: &Path, group: &str) -> Result<()> {
+/// Runs the tests of a group in the lab, in a process of its own, and shows what they said. Which
+/// system calls VMMs made is in a file of the folder then.
+fn run_group(program: &Path, assets: &Path, group: &str, counted: &Path) -> Result<()> {
     let started = Instant::now();
+    let recorder = syscalls::recorder(&counted.join(group.trim_end_matches(':')))?;
     for machine in 1..=MACHINES {
         let mut said = tempfile::tempfile()?;
         let status = Command::new(std::env::current_exe()?)
-            .args(["lab", "--mem", "6144", "--timeout", "600", "--", "env"])
+            .args(["lab", "--mem", "6144", "--timeout", "600", "--rw"])
+            .arg(counted)
+            .arg("--")
+            .args(&recorder)
+            .arg("env")
             .arg(format!("VMRUN_E2E_ASSETS={}", assets.display()))
             .arg(program)
             // Half of a test is waiting for a guest.

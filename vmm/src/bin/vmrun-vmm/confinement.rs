@@ -116,6 +116,11 @@ impl JailOptions {
         Ok(Some(Opened { kvm: kvm.into() }))
     }
 
+    /// Whether the caller goes on without this part.
+    pub fn is_without(&self, step: Step) -> bool {
+        self.unconfined.contains(&step)
+    }
+
     fn describe(&self, id: &str) -> Result<Jail, MachineError> {
         let root = nix::unistd::geteuid().is_root();
         let own = |asked: Option<u32>, name: &str, own: u32| match asked {

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
@@ -20,10 +20,12 @@ use api_server::machine::{
 use clap::Parser;
 use confinement::{JailOptions, inherited};
 use devices::host_file::{self, Access};
+use jail::Step;
 use vmm::Handed;
 use vmm::controller::Controller;
 use vmm::event_loop::{self, Calls};
 use vmm::logger::Log;
+use vmm::seccomp::{Seccomp, Thread};
 use vmm::snapshot::file;
 
 /// Run one micro-VM.
@@ -90,6 +92,13 @@ struct Options {
     /// Use this inherited descriptor, which listens, as the vsock device's socket
     #[arg(long, value_name = "FD")]
     vsock_fd: Option<String>,
+    /// Let threads make any system call
+    #[arg(long, conflicts_with = "seccomp_filter")]
+    no_seccomp: bool,
+    /// Let threads make the system calls of this policy instead of the program's own, a JSON file as
+    /// resources/seccomp/x86_64.json
+    #[arg(long, value_name = "PATH")]
+    seccomp_filter: Option<PathBuf>,
     #[command(flatten)]
     jail: JailOptions,
 }
@@ -117,6 +126,10 @@ enum LogLevel {
 
 fn main() -> ExitCode {
     let started = Instant::now();
+    // One heap for all threads: the C library looks into /proc when it makes others smaller, which no
+    // thread but the main one may do.
+    // SAFETY: there are no other threads yet, and the call only sets a number.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     // Firecracker's jailer has its own options first, then those of the program after two hyphens.
     let mut arguments: Vec<_> = std::env::args_os().collect();
     if let Some(index) = arguments.iter().position(|argument| argument == "--") {
@@ -166,8 +179,10 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
         .map_err(|error| failed(format!("cannot block signals: {error}")))?;
     let boot_timer = options.boot_timer.then_some(started);
     let pci = options.enable_pci;
+    let seccomp = seccomp(&options)?;
     let kvm = opened.map(|opened| opened.kvm);
-    let handed = Handed { kvm, taps, vsock, boot_timer, pci, ..Handed::default() };
+    let handed =
+        Handed { kvm, taps, vsock, boot_timer, pci, seccomp: seccomp.clone(), ..Handed::default() };
     let limit = options.mmds_size_limit.unwrap_or(options.http_api_max_payload_size);
     let mut machine = Controller::new(options.id.clone(), handed, limit);
     machine.set_log(log);
@@ -192,7 +207,10 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
         machine.handle(MachineRequest::PutMetrics(metrics))?;
     }
     let requests = machine.metrics().requests.clone();
-    let calls = if options.no_api { None } else { Some(serve_api(&options, requests)?) };
+    let calls =
+        if options.no_api { None } else { Some(serve_api(&options, requests, seccomp.clone())?) };
+    // From here on what is read may be a stranger's: kernels, and states of machines.
+    seccomp.install(Thread::Start).map_err(failed)?;
     machine.metrics().started(started);
     if options.config_file.is_some() {
         for request in config.into_requests() {
@@ -200,7 +218,7 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
         }
         tracing::info!("{}: started after {} us", options.id, started.elapsed().as_micros());
     }
-    let status = event_loop::run(machine, calls).map_err(failed)?;
+    let status = event_loop::run(machine, calls, &seccomp).map_err(failed)?;
     if options.no_api {
         return Ok(status);
     }
@@ -209,10 +227,22 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
     Ok(if status == exit_status::REBOOT { exit_status::POWER_OFF } else { status })
 }
 
+/// What threads may do.
+fn seccomp(options: &Options) -> Result<Seccomp, MachineError> {
+    if options.no_seccomp || options.jail.is_without(Step::Seccomp) {
+        return Ok(Seccomp::default());
+    }
+    let Some(path) = &options.seccomp_filter else { return Ok(Seccomp::built_in()) };
+    let named = |error: &dyn std::fmt::Display| failed(format!("{}: {error}", path.display()));
+    let text = read(path).map_err(|error| named(&error))?;
+    Seccomp::from_policy(&text).map_err(|error| named(&error))
+}
+
 /// Listens on the socket and serves it on a thread of its own.
 fn serve_api(
     options: &Options,
     metrics: Arc<Mutex<RequestMetrics>>,
+    seccomp: Seccomp,
 ) -> Result<Calls, MachineError> {
     let path = &options.api_sock;
     let listener = listen(path).map_err(|error| match error.kind() {
@@ -225,14 +255,22 @@ fn serve_api(
     })?;
     let (caller, calls) = Calls::new().map_err(failed)?;
     let limit = options.http_api_max_payload_size;
+    let (confined, ready) = mpsc::channel();
     std::thread::Builder::new()
         .name("api".to_owned())
         .spawn(move || {
+            let installed = seccomp.install(Thread::Api);
+            let failed = installed.is_err();
+            let _ = confined.send(installed);
+            if failed {
+                return;
+            }
             let Err(error) =
                 server::serve(listener, limit, metrics, move |call| caller.submit(call));
             tracing::error!(%error, "the API is not served any more");
         })
         .map_err(failed)?;
+    ready.recv().map_err(failed)?.map_err(failed)?;
     Ok(calls)
 }
 
