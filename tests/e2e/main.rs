@@ -10,6 +10,7 @@
 mod api;
 mod clones;
 mod faults;
+mod hostile;
 mod images;
 mod jail;
 mod monitor;

@@ -11,6 +11,9 @@ use crate::kernel;
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 const STATIC: &str = "-C target-feature=+crt-static";
 
+/// The tests' kernel that attacks its monitor, a workspace of its own.
+pub const ATTACKER: &str = "tests/attacker/Cargo.toml";
+
 /// Where the programs are after a build.
 pub fn dist() -> PathBuf {
     target().join("dist")
@@ -42,6 +45,16 @@ pub fn build_static(profile: &str, package: &str, program: &str, folder: &Path) 
         .args(["build", "--profile", profile, "--target", TRIPLE, "-p", package, "--bin", program])
         .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", STATIC))?;
     place(&target().join(TRIPLE).join(profile).join(program), &folder.join(program))
+}
+
+/// Builds the tests' kernel that attacks its monitor into a folder.
+pub fn build_attacker(folder: &Path) -> Result<()> {
+    // Not beside the workspace's own builds: Cargo would take turns with their profiles.
+    let place_of = target().join("attacker");
+    run(cargo()
+        .args(["build", "--quiet", "--release", "--manifest-path", ATTACKER, "--target-dir"])
+        .arg(&place_of))?;
+    place(&place_of.join("release/attacker"), &folder.join("attacker"))
 }
 
 /// Copies a file so that a reader sees the old one or the new one, whole.
