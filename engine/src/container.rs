@@ -224,6 +224,11 @@ impl Container {
         fs::write(&path, folder.as_os_str().as_encoded_bytes()).map_err(at(&path))
     }
 
+    /// Whether the host killed its VMM because what that may use of memory was used up.
+    pub fn was_killed_for_memory(&self) -> bool {
+        fs::read(self.path(CGROUP)).is_ok_and(|cgroup| has_oom_kill(OsStr::from_bytes(&cgroup)))
+    }
+
     /// Its lock, for the VMM to inherit.
     pub fn lock(&self) -> &File {
         &self.lock
@@ -260,6 +265,13 @@ pub fn short(id: &str) -> &str {
 
 fn run_folder(paths: &Paths, id: &str) -> PathBuf {
     paths.run().join(short(id))
+}
+
+/// Whether a process in this cgroup was killed for want of memory (`memory.events` of cgroup v2).
+fn has_oom_kill(cgroup: impl AsRef<Path>) -> bool {
+    let events = fs::read_to_string(cgroup.as_ref().join("memory.events")).unwrap_or_default();
+    let counts = events.lines().filter_map(|line| line.strip_prefix("oom_kill "));
+    counts.filter_map(|count| count.trim().parse::<u64>().ok()).any(|count| count > 0)
 }
 
 /// Removes the cgroup of a VMM that is gone.
@@ -471,6 +483,17 @@ mod tests {
         remove(&paths, &id[..4]).unwrap();
         assert!(matches!(remove(&paths, &id), Err(ContainerError::Unknown(_))));
         assert!(matches!(remove(&paths, ""), Err(ContainerError::Unknown(_))));
+    }
+
+    #[test]
+    fn hostile_26_a_kill_for_memory_is_told_from_others() {
+        let cgroup = tempfile::tempdir().unwrap();
+        let events = |text: &str| fs::write(cgroup.path().join("memory.events"), text).unwrap();
+        assert!(!has_oom_kill(cgroup.path()));
+        events("low 0\nmax 12\noom 1\noom_kill 0\noom_group_kill 3\n");
+        assert!(!has_oom_kill(cgroup.path()));
+        events("low 0\nmax 12\noom 1\noom_kill 2\noom_group_kill 0\n");
+        assert!(has_oom_kill(cgroup.path()));
     }
 
     /// HOSTILE.md 27: whoever held it was killed.

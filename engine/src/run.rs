@@ -929,7 +929,10 @@ fn explain(error: RunError, vmm: &mut Vmm, container: &Container) -> RunError {
     }
     let reason = if silent { error.to_string() } else { vmm::describe(status) };
     if !silent && status.code().is_none() {
-        return RunError::Ended(reason);
+        return RunError::Ended(match container.was_killed_for_memory() {
+            true => format!("{reason}: it reached the limit of its memory on the host"),
+            false => reason,
+        });
     }
     // A guest that crashed before it had a console has said nothing; its VMM knows how it ended.
     let said = last_line(container, "console.log").map(|line| format!("its console says: {line}"));

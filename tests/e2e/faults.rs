@@ -1,5 +1,7 @@
 //! What goes wrong, and what the next command finds.
 
+mod host;
+
 use std::process::Command;
 use std::time::Duration;
 

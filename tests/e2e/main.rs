@@ -11,6 +11,7 @@ mod api;
 mod clones;
 mod converter;
 mod faults;
+mod hostile;
 mod images;
 mod jail;
 mod monitor;

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test harness fails by panicking")]
 
 pub mod api;
+pub mod attacker;
 pub mod break_in;
 pub mod guest;
 pub mod images;

@@ -13,6 +13,7 @@ pub struct User {
     folder: tempfile::TempDir,
 }
 
+#[allow(clippy::new_without_default, reason = "none of its kind is the usual one")]
 impl User {
     /// One who may use KVM.
     pub fn with_kvm() -> User {

@@ -339,6 +339,15 @@ impl Runner {
                 }
                 Err(error) if error.errno() == libc::EAGAIN => {}
                 Err(error) if error.errno() == libc::EINTR => return self.interrupted(),
+                Err(error) if error.errno() == libc::EFAULT => {
+                    // What a SIGBUS would be to the monitor itself.
+                    tracing::error!(
+                        vcpu = id,
+                        "the host cannot provide a page of the guest's memory: was a file of \
+                         persistent memory or a snapshot's cut off, or is its disk full?"
+                    );
+                    return Some(Halt::Crash);
+                }
                 Err(error) => {
                     tracing::error!(vcpu = id, %error, "KVM_RUN");
                     return Some(Halt::Crash);

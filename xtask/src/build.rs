@@ -12,6 +12,9 @@ use crate::kernel;
 /// The platform that programs are built for.
 pub const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
+/// The tests' kernel that attacks its monitor, a workspace of its own.
+pub const ATTACKER: &str = "tests/attacker/Cargo.toml";
+
 /// Where the programs are after a build.
 pub fn dist() -> PathBuf {
     target().join("dist")
@@ -58,6 +61,16 @@ fn build_with(
         // For C sources that ask for the date.
         .env("SOURCE_DATE_EPOCH", "1"))?;
     place(&target().join(TRIPLE).join(profile).join(program), &folder.join(program))
+}
+
+/// Builds the tests' kernel that attacks its monitor into a folder.
+pub fn build_attacker(folder: &Path) -> Result<()> {
+    // Not beside the workspace's own builds: Cargo would take turns with their profiles.
+    let place_of = target().join("attacker");
+    run(cargo()
+        .args(["build", "--quiet", "--release", "--manifest-path", ATTACKER, "--target-dir"])
+        .arg(&place_of))?;
+    place(&place_of.join("release/attacker"), &folder.join("attacker"))
 }
 
 /// Flags of the compilers. Where the sources, the crates, and what is built are must not show in the

@@ -38,12 +38,13 @@ const IMAGE_TOOLS: [&str; 9] = [
 ];
 
 /// The end-to-end tests, each group on a machine of its own; those that take longest first.
-const GROUPS: [&str; 12] = [
+const GROUPS: [&str; 13] = [
     "process::",
     "snapshots::",
     "clones::",
     "images::",
     "rootfs::",
+    "hostile::",
     "monitor::",
     "jail::",
     "api::",
@@ -75,12 +76,17 @@ pub fn test(arguments: &Arguments) -> Result<()> {
     let mut passed = 0;
     if arguments.e2e.is_none() {
         debian::install(&UNIT_TOOLS)?;
-        step("format", || run(cargo().args(["fmt", "--all", "--check"])))?;
+        step("format", || {
+            run(cargo().args(["fmt", "--all", "--check"]))?;
+            run(cargo().args(["fmt", "--check", "--manifest-path", build::ATTACKER]))
+        })?;
         step("lints", || {
             run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
             // Not among all targets, since a plain `cargo test` must not run it.
             run(cargo().args(["clippy", "-p", "e2e", "--test", "e2e", "--", "-D", "warnings"]))?;
-            supply::check()
+            supply::check()?;
+            let attacker = ["clippy", "--manifest-path", build::ATTACKER, "--", "-D", "warnings"];
+            run(cargo().args(attacker))
         })?;
         step("unit tests", || run(cargo().args(["test", "--workspace"])))?;
         passed += 3;
@@ -112,6 +118,7 @@ fn prepare() -> Result<PathBuf> {
     let folder = target().join("e2e/assets");
     fs::create_dir_all(&folder)?;
     build::build_static("release", "e2e", "guest-stream", &folder)?;
+    build::build_attacker(&folder)?;
     run(cargo()
         .args(["run", "--quiet", "-p", "e2e", "--bin", "prepare", "--"])
         .arg("--vmrun")

@@ -185,7 +185,7 @@ fn hostile_who_takes_a_converter_over_gets_no_other_image() {
 }
 
 #[test]
-fn hostile_places_in_an_archive_are_within_it() {
+fn hostile_16_places_in_an_archive_are_within_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("archive");
     let mut file = File::create(&path).unwrap();

@@ -1,3 +1,4 @@
+#![allow(unsafe_code, reason = "forks, and makes system calls that are forbidden")]
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};

@@ -95,6 +95,9 @@ pub fn measure(arguments: &Arguments) -> Result<()> {
             put("vmrun", what, milliseconds(time), "ms");
         }
     }
+    if wanted(super::Name::Neighbour) {
+        super::neighbour::measure(&lab, &mut put)?;
+    }
     fs::write(&arguments.result, serde_json::to_vec(&figures)?)?;
     Ok(())
 }
@@ -109,21 +112,27 @@ fn middle(mut once: impl FnMut() -> Result<Duration>) -> Result<Duration> {
     Ok(times[ROUNDS / 2])
 }
 
-struct Lab {
-    work: PathBuf,
-    kernel: String,
-    image: String,
+/// Everything that is measured, in memory.
+pub struct Lab {
+    pub work: PathBuf,
+    pub kernel: String,
+    pub image: String,
 }
 
 impl Lab {
+    /// `vmrun ARGUMENTS`.
+    pub fn vmrun(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.work.join("dist/vmrun"));
+        command.args(arguments).env("VMRUN_ROOT", self.work.join("root"));
+        command
+    }
+
     /// From the start of `vmrun run` to the program's first byte.
     fn first_byte(&self, flags: &[&str]) -> Result<Duration> {
-        let mut command = Command::new(self.work.join("dist/vmrun"));
+        let mut command = self.vmrun(&["run", "--rm", "-m", "128m", "--kernel", &self.kernel]);
         command
-            .args(["run", "--rm", "-m", "128m", "--kernel", &self.kernel])
             .args(flags)
             .args([&self.image, "echo", "x"])
-            .env("VMRUN_ROOT", self.work.join("root"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
         let started = Instant::now();

@@ -6,6 +6,7 @@
 mod api;
 mod measure;
 mod monitor;
+mod neighbour;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -36,6 +37,8 @@ pub enum Name {
     Output,
     /// The same with a network
     OutputNetwork,
+    /// Throughput of a machine beside one that attacks
+    Neighbour,
 }
 
 #[derive(clap::Args)]
@@ -62,6 +65,7 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
     fs::create_dir_all(&folder)?;
     let root = folder.join("root");
     let image = prepare(&root)?;
+    build::build_attacker(&root)?;
     let mut kernels = Vec::new();
     match kernel::cached(false)? {
         Some(path) => kernels.push(("built", import(&root, &path)?)),

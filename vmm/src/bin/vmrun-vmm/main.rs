@@ -1,5 +1,7 @@
 //! `vmrun-vmm`: one micro-VM, described by a Firecracker configuration file or over Firecracker's API.
 
+#![allow(unsafe_code, reason = "one option of the allocator's")]
+
 mod confinement;
 
 use std::collections::{BTreeMap, HashMap};

@@ -1,0 +1,103 @@
+# From the entry by PVH (32 bits, no paging, ebx has the start info) to `main` in 64 bits, with the
+# first 64 GiB mapped to themselves.
+
+.section .note.pvh, "a", @note
+    .p2align 2
+    .long 4, 8, 18              # XEN_ELFNOTE_PHYS32_ENTRY
+    .asciz "Xen"
+    .quad entry
+
+.section .text.entry, "ax"
+.code32
+.global entry
+entry:
+    cli
+    cld
+    movl $stack_end, %esp
+    movl %ebx, %edi
+
+    movl $directory_pointers, %eax
+    orl $3, %eax
+    movl %eax, top_table
+    xorl %ecx, %ecx
+1:  movl %ecx, %eax
+    shll $12, %eax
+    addl $directories, %eax
+    orl $3, %eax
+    movl %eax, directory_pointers(, %ecx, 8)
+    incl %ecx
+    cmpl $64, %ecx
+    jb 1b
+    xorl %ecx, %ecx
+2:  movl %ecx, %eax
+    shll $21, %eax
+    orl $0x83, %eax             # present, writable, 2 MiB
+    movl %eax, directories(, %ecx, 8)
+    movl %ecx, %eax
+    shrl $11, %eax
+    movl %eax, directories + 4(, %ecx, 8)
+    incl %ecx
+    cmpl $32768, %ecx
+    jb 2b
+
+    movl $top_table, %eax
+    movl %eax, %cr3
+    movl %cr4, %eax
+    orl $0x620, %eax            # PAE, OSFXSR, OSXMMEXCPT
+    movl %eax, %cr4
+    movl $0xc0000080, %ecx      # EFER.LME
+    rdmsr
+    orl $0x100, %eax
+    wrmsr
+    movl %cr0, %eax
+    andl $~4, %eax              # not EM
+    orl $0x80000002, %eax       # PG, MP
+    movl %eax, %cr0
+    lgdt gdt_pointer
+    ljmp $8, $long_mode
+
+.code64
+long_mode:
+    movl $16, %eax
+    movl %eax, %ds
+    movl %eax, %es
+    movl %eax, %ss
+    lidt idt_pointer
+    movl %edi, %edi
+    movl $stack_end, %esp
+    call main
+3:  cli
+    hlt
+    jmp 3b
+
+# A general protection fault is of an instruction of two bytes (rdmsr, wrmsr): the next one is due.
+.global protection_fault
+protection_fault:
+    addq $8, %rsp
+    addq $2, (%rsp)
+    incl faults(%rip)
+    iretq
+
+.section .data
+.p2align 4
+gdt:
+    .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff
+gdt_pointer:
+    .word 23
+    .quad gdt
+idt_pointer:
+    .word 14 * 16 - 1
+    .quad idt
+.global faults
+faults:
+    .long 0
+
+.section .bss
+.p2align 12
+top_table: .skip 4096
+directory_pointers: .skip 4096
+directories: .skip 64 * 4096
+.global idt
+idt: .skip 4096
+    .skip 65536
+stack_end:

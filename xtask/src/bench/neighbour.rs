@@ -1,0 +1,228 @@
+//! What a machine keeps of its throughput while another one, beside it, attacks.
+//!
+//! Each of the two has at most a third of the only processor, by its cgroup's `cpu.max`, and so both
+//! have what they may use: as on a host that promises no more than it has. What is left is what the
+//! host does in their name, which no cgroup counts.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::measure::Lab;
+use crate::command::run;
+
+const PERIOD: u64 = 100_000;
+const QUOTA: u64 = PERIOD / 3;
+/// How long turns are counted, in the lab's time.
+const WINDOW: Duration = Duration::from_secs(6);
+/// What a neighbour fetches in each turn, in bytes.
+const FETCHED: usize = 256 << 10;
+const PORT: u16 = 8000;
+
+/// A turn is some of everything: processor, disk (with a flush) and network.
+const WORK: &str = r#"gateway=$(ip route | awk '/default/ {print $3}'); turn=0
+while :; do
+    i=0; while [ $i -lt 500 ]; do i=$((i+1)); done
+    dd if=/dev/zero of=/data bs=16k count=16 conv=fsync 2>/dev/null || exit 1
+    [ "$(nc $gateway 8000 </dev/null | wc -c)" = 262144 ] || exit 1
+    turn=$((turn+1)); echo $turn
+done"#;
+
+/// What attackers do: orders of the attacking kernel, or a shell's script.
+const ATTACKS: [(&str, Attacker); 6] = [
+    ("notifications", Attacker::Kernel("storm")),
+    ("garbage in queues", Attacker::Kernel("queues")),
+    ("garbage in registers", Attacker::Kernel("registers")),
+    ("floods of frames and connections", Attacker::Kernel("flood")),
+    ("a fork bomb", Attacker::Script("bomb() { bomb | bomb & }; bomb; while :; do sleep 1; done")),
+    (
+        "a disk that is filled",
+        Attacker::Script("while :; do dd if=/dev/zero of=/fill bs=64k; rm /fill; done"),
+    ),
+];
+
+#[derive(Clone, Copy)]
+enum Attacker {
+    Kernel(&'static str),
+    Script(&'static str),
+}
+
+/// Counts a neighbour's turns, alone and beside each attacker; the shares it keeps.
+pub fn measure(lab: &Lab, put: &mut impl FnMut(&str, &str, f64, &str)) -> Result<()> {
+    serve()?;
+    let neighbour = Neighbour::start(lab)?;
+    // What it loads is in the page cache from now on, and its disk's blocks are there.
+    neighbour.turns()?;
+    let alone = neighbour.turns()?;
+    put("vmrun", "turns of a machine alone, in 6 s", alone as f64, "");
+    for (what, attacker) in ATTACKS {
+        eprintln!("measure: a neighbour beside {what}");
+        let attack = Attack::start(lab, attacker)?;
+        let turns = neighbour.turns()?;
+        attack.end()?;
+        let share = 100.0 * turns as f64 / alone as f64;
+        put("vmrun", &format!("its throughput beside {what}"), share, "%");
+    }
+    let again = neighbour.turns()?;
+    let share = 100.0 * again as f64 / alone as f64;
+    put("vmrun", "its throughput when alone again", share, "%");
+    Ok(())
+}
+
+/// Gives whoever connects some bytes.
+fn serve() -> Result<()> {
+    let listener = TcpListener::bind(("0.0.0.0", PORT))?;
+    thread::spawn(move || {
+        let bytes = vec![b'x'; FETCHED];
+        for mut connection in listener.incoming().flatten() {
+            let _ = connection.write_all(&bytes);
+        }
+    });
+    Ok(())
+}
+
+fn limit(cgroup: &Path) -> Result<()> {
+    let file = cgroup.join("cpu.max");
+    fs::write(&file, format!("{QUOTA} {PERIOD}")).with_context(|| file.display().to_string())
+}
+
+/// A container, and the cgroup of its VMM.
+fn container(lab: &Lab, script: &str, options: &[&str]) -> Result<Child> {
+    let file = lab.work.join("id");
+    let _ = fs::remove_file(&file);
+    let child = lab
+        .vmrun(&["run", "--rm", "-m", "128m", "--kernel", &lab.kernel, "--cidfile"])
+        .arg(&file)
+        .args(options)
+        .args([&lab.image, "sh", "-c", &format!("echo up; {script}")])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    Ok(child)
+}
+
+/// Waits for the first line of a container, and then limits it; the rest of what it says.
+fn started(lab: &Lab, child: &mut Child) -> Result<impl BufRead + use<>> {
+    let mut lines = BufReader::new(child.stdout.take().context("no output")?);
+    let mut line = String::new();
+    lines.read_line(&mut line)?;
+    ensure!(line == "up\n", "a container does not start");
+    let id = fs::read_to_string(lab.work.join("id"))?;
+    let id = id.get(..12).context("a short id")?;
+    limit(&Path::new("/sys/fs/cgroup/vmrun").join(id))?;
+    Ok(lines)
+}
+
+struct Neighbour {
+    run: Child,
+    turns: Arc<AtomicU64>,
+}
+
+impl Neighbour {
+    fn start(lab: &Lab) -> Result<Neighbour> {
+        let mut run = container(lab, WORK, &[])?;
+        let turns = Arc::new(AtomicU64::new(0));
+        let lines = started(lab, &mut run)?;
+        let counted = turns.clone();
+        thread::spawn(move || {
+            for _ in lines.lines().map_while(Result::ok) {
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        Ok(Neighbour { run, turns })
+    }
+
+    /// Turns in a window that begins now.
+    fn turns(&self) -> Result<u64> {
+        let begin = self.turns.load(Ordering::Relaxed);
+        let since = Instant::now();
+        while since.elapsed() < WINDOW {
+            thread::sleep(WINDOW.saturating_sub(since.elapsed()));
+        }
+        let turns = self.turns.load(Ordering::Relaxed) - begin;
+        ensure!(turns > 0, "the neighbour stands still");
+        Ok(turns)
+    }
+}
+
+impl Drop for Neighbour {
+    fn drop(&mut self) {
+        let _ = self.run.kill();
+        let _ = self.run.wait();
+    }
+}
+
+struct Attack {
+    run: Child,
+    /// Of a monitor that was started by hand, and is ended so.
+    folder: Option<PathBuf>,
+}
+
+impl Attack {
+    fn start(lab: &Lab, attacker: Attacker) -> Result<Attack> {
+        let orders = match attacker {
+            Attacker::Kernel(orders) => orders,
+            Attacker::Script(script) => {
+                let options = ["--network", "none", "--storage-opt", "size=64m"];
+                let mut run = container(lab, script, &options)?;
+                let mut lines = started(lab, &mut run)?;
+                thread::spawn(move || std::io::copy(&mut lines, &mut std::io::sink()));
+                return Ok(Attack { run, folder: None });
+            }
+        };
+        let folder = lab.work.join("attack");
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir(&folder)?;
+        let path = |name: &str| folder.join(name);
+        fs::File::create(path("disk"))?.set_len(1 << 20)?;
+        let tap = "ip tuntap add attack0 mode tap vnet_hdr 2>/dev/null; ip link set attack0 up";
+        run(Command::new("sh").args(["-c", tap]))?;
+        let config = json!({
+            "boot-source": {
+                "kernel_image_path": lab.work.join("root/attacker"),
+                "boot_args": format!("attack={orders} seed=1 rounds=1000000000"),
+            },
+            "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 },
+            "drives": [{ "drive_id": "d", "path_on_host": path("disk"), "is_root_device": false }],
+            "network-interfaces": [{ "iface_id": "e", "host_dev_name": "attack0" }],
+            "vsock": { "guest_cid": 3, "uds_path": path("v") },
+            "entropy": {},
+        });
+        fs::write(path("vm.json"), config.to_string())?;
+        let cgroup = Path::new("/sys/fs/cgroup/attack");
+        fs::create_dir_all(cgroup)?;
+        limit(cgroup)?;
+        // In its cgroup before it is the monitor, so that nothing of it is anywhere else.
+        let mut monitor = Command::new("sh");
+        monitor.args(["-c", "echo $$ >\"$0\"/cgroup.procs && exec \"$@\""]).arg(cgroup);
+        monitor.arg(lab.work.join("dist/vmrun-vmm")).arg("--config-file").arg(path("vm.json"));
+        monitor.args(["--no-api", "--level", "Off"]);
+        monitor.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let run = monitor.spawn()?;
+        // Until it is in the midst of it.
+        thread::sleep(Duration::from_secs(1));
+        Ok(Attack { run, folder: Some(folder) })
+    }
+
+    fn end(mut self) -> Result<()> {
+        // Still at it, or the figure would be of nothing.
+        let ended = self.run.try_wait()?;
+        self.run.kill()?;
+        self.run.wait()?;
+        if let Some(folder) = self.folder {
+            fs::remove_dir_all(folder)?;
+        }
+        ensure!(ended.is_none(), "the attacker ended before it was told to: {ended:?}");
+        Ok(())
+    }
+}
