@@ -153,7 +153,7 @@ fn a_root_device_is_what_it_is_and_not_what_is_said_of_it() {
 }
 
 #[test]
-fn hostile_who_takes_a_converter_over_gets_no_other_image() {
+fn who_takes_a_converter_over_gets_no_other_image() {
     // An image that claims the layers of another, with layers of its own.
     let folder = tempfile::tempdir().unwrap();
     let victim = Made::small("the victim's");
