@@ -303,7 +303,7 @@ mod tests {
         });
     }
 
-    /// HOSTILE.md 15: an agent that says anything.
+    /// docs/hostile.md 15: an agent that says anything.
     #[test]
     fn hostile_15_whatever_the_agent_says_is_an_error_not_a_hang() {
         let replies: Vec<Vec<u8>> = vec![
@@ -327,7 +327,7 @@ mod tests {
         }
     }
 
-    /// HOSTILE.md 15: an agent that never finishes what it begins to say.
+    /// docs/hostile.md 15: an agent that never finishes what it begins to say.
     #[test]
     fn hostile_15_a_greeting_byte_by_byte_does_not_win_time() {
         let (stream, mut agent) = UnixStream::pair().unwrap();

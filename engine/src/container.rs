@@ -496,7 +496,7 @@ mod tests {
         assert!(has_oom_kill(cgroup.path()));
     }
 
-    /// HOSTILE.md 27: whoever held it was killed.
+    /// docs/hostile.md 27: whoever held it was killed.
     #[test]
     fn hostile_27_what_the_dead_leave_is_cleared() {
         let (_folder, paths) = paths();
@@ -514,7 +514,7 @@ mod tests {
         assert_eq!(fs::read_dir(paths.containers()).unwrap().count(), 1, "only the lock stays");
     }
 
-    /// HOSTILE.md 26, 27: a description lost with the power, and folders of others.
+    /// docs/hostile.md 26, 27: a description lost with the power, and folders of others.
     #[test]
     fn hostile_27_a_spoiled_container_is_kept_and_in_nobodys_way() {
         let (_folder, paths) = paths();
@@ -536,7 +536,7 @@ mod tests {
         assert!(!folder.exists());
     }
 
-    /// HOSTILE.md 28: two at once on one name.
+    /// docs/hostile.md 28: two at once on one name.
     #[test]
     fn hostile_28_one_of_many_gets_the_name() {
         let (_folder, paths) = paths();

@@ -244,7 +244,7 @@ mod tests {
         assert_eq!(result.unwrap().status, 7);
     }
 
-    /// HOSTILE.md 15: replies of any order, twice, and none.
+    /// docs/hostile.md 15: replies of any order, twice, and none.
     #[test]
     fn hostile_15_messages_out_of_order_end_the_conversation() {
         let other = Message::Exited { process: 5, status: 0, out_of_memory: false };
@@ -268,7 +268,7 @@ mod tests {
         }
     }
 
-    /// HOSTILE.md 15: bytes that are no message, and more than one holds.
+    /// docs/hostile.md 15: bytes that are no message, and more than one holds.
     #[test]
     fn hostile_15_garbage_on_the_control_connection_is_an_error() {
         for bytes in [vec![0xff; 4096], 100u32.to_le_bytes().to_vec(), vec![1, 0, 0, 0, 0x7f]] {

@@ -329,7 +329,7 @@ mod tests {
         copy(&mut io::repeat(0), &mut patient(stdout));
     }
 
-    /// HOSTILE.md 15: an agent that reads no requests; a signal still ends its machine.
+    /// docs/hostile.md 15: an agent that reads no requests; a signal still ends its machine.
     #[test]
     fn hostile_15_a_guest_that_takes_no_signals_is_ended() {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();

@@ -292,7 +292,7 @@ mod tests {
         assert!(matches!(inspect(&paths, "kept"), Err(VolumeError::Unknown(_))));
     }
 
-    /// HOSTILE.md 23, 26: what is given as a disk and is none.
+    /// docs/hostile.md 23, 26: what is given as a disk and is none.
     #[test]
     fn hostile_23_what_is_no_disk_is_refused() {
         let (folder, paths) = paths();
@@ -310,7 +310,7 @@ mod tests {
         assert!(matches!(refused(Path::new("/no/such/disk")), VolumeError::File { .. }));
     }
 
-    /// HOSTILE.md 27: its last machine was killed, and its journal is full.
+    /// docs/hostile.md 27: its last machine was killed, and its journal is full.
     #[test]
     fn hostile_27_an_unclean_volume_is_refused_read_only() {
         let (_folder, paths) = paths();
@@ -324,7 +324,7 @@ mod tests {
         attach(&paths, argument("data", false)).unwrap();
     }
 
-    /// HOSTILE.md 27: killed while a volume was made.
+    /// docs/hostile.md 27: killed while a volume was made.
     #[test]
     fn hostile_27_a_half_made_volume_is_made_anew() {
         let (_folder, paths) = paths();

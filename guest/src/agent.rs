@@ -475,7 +475,7 @@ mod tests {
         assert!(matches!(&reply, HelloReply::Refused(why) if why.contains("yet")), "{reply:?}");
     }
 
-    /// HOSTILE.md 15, from the other side: what is no frame ends its connection and nothing else.
+    /// docs/hostile.md 15, from the other side: what is no frame ends its connection and nothing else.
     #[test]
     fn hostile_15_broken_frames_end_their_connection_only() {
         let shared: Arc<Shared> = Arc::default();

@@ -376,7 +376,7 @@ mod tests {
         for path in ["/run", "/var/run", "/climbs", "/../run", "/var/run/lock/.."] {
             assert_eq!(found(path), Some(root_path.join("run")), "{path}");
         }
-        // HOSTILE.md 16: what only the machine outside the image has is not there.
+        // docs/hostile.md 16: what only the machine outside the image has is not there.
         for path in ["/outside", "/outside/..", "/none", "/file", "/self", "/etc"] {
             assert_eq!(found(path).filter(|path| !path.starts_with(&root_path)), None, "{path}");
             assert_eq!(found(path), None, "{path}");

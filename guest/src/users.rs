@@ -183,7 +183,7 @@ mod tests {
         let extra = ["video".to_owned(), "9".to_owned()];
         assert_eq!(resolve_in(PASSWD, GROUP, "0:0", &extra).unwrap().groups, [9, 44]);
     }
-    /// HOSTILE.md 18 and 20: the kernel reads 2^32 - 1 as "unchanged", which is root.
+    /// docs/hostile.md 18 and 20: the kernel reads 2^32 - 1 as "unchanged", which is root.
     #[test]
     fn hostile_18_ids_that_would_leave_the_process_root_are_refused() {
         let range = "uids and gids must be in range 0-2147483647";
@@ -203,7 +203,7 @@ mod tests {
     }
 
     proptest! {
-        /// HOSTILE.md 20: the image's files may hold anything. Whoever is found has ids that mean what
+        /// docs/hostile.md 20: the image's files may hold anything. Whoever is found has ids that mean what
         /// they say, and a number is that user.
         #[test]
         fn hostile_20_any_passwd_gives_ids_in_range(

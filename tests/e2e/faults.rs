@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 const BASE: &str = "localhost/base";
 
-/// HOSTILE.md 27: `kill -9` of the command at any point leaves nothing the next run trips over.
+/// docs/hostile.md 27: `kill -9` of the command at any point leaves nothing the next run trips over.
 #[test]
 fn hostile_27_a_run_killed_at_any_moment_leaves_nothing_behind() {
     let session = Session::prepared();
@@ -38,7 +38,7 @@ fn vmms_of(name: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// HOSTILE.md 27: the VMM is killed under the command.
+/// docs/hostile.md 27: the VMM is killed under the command.
 #[test]
 fn hostile_27_a_killed_vmm_is_an_error_and_not_a_hang() {
     let session = Session::prepared();
@@ -52,7 +52,7 @@ fn hostile_27_a_killed_vmm_is_an_error_and_not_a_hang() {
     assert!(done.err().contains("SIGKILL") || done.err().contains("signal 9"), "{}", done.err());
 }
 
-/// HOSTILE.md 28: two commands at once on one name.
+/// docs/hostile.md 28: two commands at once on one name.
 #[test]
 fn hostile_28_a_name_belongs_to_one() {
     let session = Session::prepared();
@@ -104,7 +104,7 @@ fn what_a_host_lacks_is_said_in_one_line() {
         .complains(&["linux/arm64"]);
 }
 
-/// HOSTILE.md 26: the disk is full.
+/// docs/hostile.md 26: the disk is full.
 #[test]
 fn hostile_26_a_full_disk_is_told_and_leaves_the_store_usable() {
     let folder = tempfile::tempdir().unwrap();

@@ -53,7 +53,7 @@ fn devices(said: &str) -> Vec<[u64; 4]> {
     numbers.collect()
 }
 
-/// HOSTILE.md 9: garbage in every register of every device, and beside them.
+/// docs/hostile.md 9: garbage in every register of every device, and beside them.
 #[test]
 fn hostile_9_registers_are_written_with_garbage() {
     let mut neighbour = Neighbour::start();
@@ -68,7 +68,7 @@ fn hostile_9_registers_are_written_with_garbage() {
     neighbour.end();
 }
 
-/// HOSTILE.md 1 to 8, and 10 to 13: drivers that break every rule, of every device.
+/// docs/hostile.md 1 to 8, and 10 to 13: drivers that break every rule, of every device.
 #[test]
 fn hostile_1_to_8_and_10_to_13_drivers_lie_about_everything() {
     let mut neighbour = Neighbour::start();
@@ -91,7 +91,7 @@ fn hostile_1_to_8_and_10_to_13_drivers_lie_about_everything() {
     neighbour.end();
 }
 
-/// HOSTILE.md 7: notifications as fast as a processor makes them; 11 and 12: floods of frames and
+/// docs/hostile.md 7: notifications as fast as a processor makes them; 11 and 12: floods of frames and
 /// connections. While they last, not only after.
 #[test]
 fn hostile_7_11_12_storms_and_floods_hold_nobody_up() {
@@ -117,7 +117,7 @@ fn hostile_7_11_12_storms_and_floods_hold_nobody_up() {
     neighbour.end();
 }
 
-/// HOSTILE.md 14: ports, model-specific registers and the firmware's tables; then every way to end.
+/// docs/hostile.md 14: ports, model-specific registers and the firmware's tables; then every way to end.
 #[test]
 fn hostile_14_ports_and_processor_registers_are_hammered() {
     let mut neighbour = Neighbour::start();
@@ -142,7 +142,7 @@ fn hostile_14_ports_and_processor_registers_are_hammered() {
     neighbour.end();
 }
 
-/// HOSTILE.md 13: a balloon as large as the guest.
+/// docs/hostile.md 13: a balloon as large as the guest.
 #[test]
 fn hostile_13_a_balloon_takes_all_of_the_memory() {
     let folder = tempfile::tempdir().unwrap();

@@ -338,7 +338,7 @@ fn kib_of(process: i32, field: &str) -> u64 {
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// HOSTILE.md 25: whatever is wrong with the files, the answer is an error, and the process can
+/// docs/hostile.md 25: whatever is wrong with the files, the answer is an error, and the process can
 /// still load good ones.
 #[test]
 fn hostile_25_bad_snapshots_are_refused_and_good_ones_load_after_them() {

@@ -208,7 +208,7 @@ mod tests {
         assert!(!pins.iter().any(|(gsi, chip, _)| *gsi > 15 && *chip != KVM_IRQCHIP_IOAPIC));
     }
 
-    /// HOSTILE.md 9: a guest's table may hold anything.
+    /// docs/hostile.md 9: a guest's table may hold anything.
     #[test]
     fn hostile_9_a_message_that_is_refused_keeps_no_other_out() {
         let mut messages = BTreeMap::new();

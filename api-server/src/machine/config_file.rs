@@ -114,7 +114,7 @@ mod tests {
         assert_eq!(requests[2], MachineRequest::StartInstance);
     }
 
-    /// HOSTILE.md 23: unknown fields, wrong types, numbers out of range, duplicates.
+    /// docs/hostile.md 23: unknown fields, wrong types, numbers out of range, duplicates.
     #[test]
     fn hostile_23_what_is_wrong_is_refused() {
         for text in [

@@ -326,7 +326,7 @@ mod tests {
 
     const VERSION: &str = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-    /// HOSTILE.md 24: more clients than are served at once, silent or in the middle of a request.
+    /// docs/hostile.md 24: more clients than are served at once, silent or in the middle of a request.
     #[test]
     fn hostile_24_a_crowd_of_silent_clients_keeps_nobody_out() {
         let (_folder, path) = server();
@@ -351,7 +351,7 @@ mod tests {
         assert_eq!(first.read(&mut start).unwrap_or(0), 0);
     }
 
-    /// HOSTILE.md 24: a header without end, and bodies of other lengths than announced.
+    /// docs/hostile.md 24: a header without end, and bodies of other lengths than announced.
     #[test]
     fn hostile_24_requests_that_do_not_end_where_they_say_are_not_carried_out() {
         let (folder, path) = (tempfile::tempdir().unwrap(), std::path::PathBuf::from("api"));
@@ -396,7 +396,7 @@ mod tests {
         assert_eq!(asked(), 2);
     }
 
-    /// HOSTILE.md 24: two at once, one of whom has to wait for its answer.
+    /// docs/hostile.md 24: two at once, one of whom has to wait for its answer.
     #[test]
     fn hostile_24_a_request_that_takes_long_is_alone_in_that() {
         let folder = tempfile::tempdir().unwrap();
@@ -431,7 +431,7 @@ mod tests {
         drop(crowd);
     }
 
-    /// HOSTILE.md 24: what is no HTTP, or never ends, hurts nobody else.
+    /// docs/hostile.md 24: what is no HTTP, or never ends, hurts nobody else.
     #[test]
     fn hostile_24_garbage_is_survived() {
         let (_folder, path) = server();

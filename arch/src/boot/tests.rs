@@ -180,7 +180,7 @@ fn hostile_22_a_command_line_must_fit_and_be_ascii() {
 }
 
 proptest! {
-    /// HOSTILE.md 22: whatever a header says, the loader returns.
+    /// docs/hostile.md 22: whatever a header says, the loader returns.
     #[test]
     fn hostile_22_mangled_headers_never_panic(
         at in 0usize..0x240, bytes in proptest::collection::vec(any::<u8>(), 1..9), elf: bool,

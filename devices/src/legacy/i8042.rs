@@ -486,7 +486,7 @@ mod tests {
         assert!(other.restore(&state).is_err());
     }
 
-    /// HOSTILE.md 14: every register with every value and size, and nobody reads.
+    /// docs/hostile.md 14: every register with every value and size, and nobody reads.
     #[test]
     fn hostile_14_hammered_registers_hold_little_and_reset_by_the_right_value_only() {
         let (mut controller, switch) = controller();

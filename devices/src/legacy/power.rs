@@ -96,7 +96,7 @@ impl BusDevice for AcpiPower {
 mod tests {
     use super::*;
 
-    /// HOSTILE.md 14: registers hammered with anything but the right value do nothing.
+    /// docs/hostile.md 14: registers hammered with anything but the right value do nothing.
     #[test]
     fn hostile_14_only_the_right_value_ends_the_guest() {
         let switch = PowerSwitch::new().unwrap();

@@ -234,7 +234,7 @@ mod tests {
         assert!(SerialPort::restore(io::sink(), &state).is_err());
     }
 
-    /// HOSTILE.md 14: every register with every value and size.
+    /// docs/hostile.md 14: every register with every value and size.
     #[test]
     fn hostile_14_hammered_registers_do_not_panic() {
         let mut port = SerialPort::new(io::sink()).unwrap();

@@ -549,7 +549,7 @@ pub(crate) mod tests {
         assert_eq!(guest.get(register(3, 0)), u32::MAX);
     }
 
-    /// HOSTILE.md 9: every offset and size, and BARs on top of each other.
+    /// docs/hostile.md 9: every offset and size, and BARs on top of each other.
     #[test]
     fn hostile_9_every_configuration_register_in_every_size() {
         let guest = Guest::new();

@@ -296,7 +296,7 @@ mod tests {
         assert_eq!(space.add_capability(0x09, &[0; 30], &[]), refused);
     }
 
-    /// HOSTILE.md 9: every offset and size.
+    /// docs/hostile.md 9: every offset and size.
     #[test]
     fn hostile_9_every_offset_and_size_of_the_configuration_is_answered() {
         let mut space = ConfigurationSpace::host_bridge();

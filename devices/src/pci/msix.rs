@@ -321,7 +321,7 @@ pub(crate) mod tests {
         assert!(!after.restore(&[RESET]));
     }
 
-    /// HOSTILE.md 9: every offset and size.
+    /// docs/hostile.md 9: every offset and size.
     #[test]
     fn hostile_9_every_offset_and_size_of_the_table_is_answered() {
         let (mut msix, sink) = msix(2);

@@ -436,7 +436,7 @@ mod tests {
         }
     }
 
-    /// HOSTILE.md 8: `used_event` anywhere in what was returned, at every index.
+    /// docs/hostile.md 8: `used_event` anywhere in what was returned, at every index.
     #[test]
     fn hostile_8_the_driver_is_interrupted_exactly_where_it_asked() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
@@ -464,7 +464,7 @@ mod tests {
         }
     }
 
-    /// HOSTILE.md 8, and every driver: at every index, the wrap-around among them.
+    /// docs/hostile.md 8, and every driver: at every index, the wrap-around among them.
     #[test]
     fn hostile_8_an_empty_queue_asks_for_the_next_notification() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();

@@ -211,7 +211,7 @@ impl<D: VirtioDevice + 'static> Driver<D> {
     }
 }
 
-/// HOSTILE.md 1 to 4 and 6: every broken chain and ring on every queue. The device comes to rest,
+/// docs/hostile.md 1 to 4 and 6: every broken chain and ring on every queue. The device comes to rest,
 /// returns nothing it was not given, and works again after a reset.
 pub fn survives_broken_queues<D: VirtioDevice + 'static>(make: impl Fn() -> D) {
     let queues = make().queue_max_sizes().len();

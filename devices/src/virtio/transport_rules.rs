@@ -249,7 +249,7 @@ pub fn features_are_agreed_on_only_within_the_offer_and_with_version_1<T: Transp
     }
 }
 
-/// HOSTILE.md 5: a queue of such a size or in such a place starts no device.
+/// docs/hostile.md 5: a queue of such a size or in such a place starts no device.
 pub fn hostile_5_queues_that_cannot_be_start_no_device<T: Transport>() {
     let good = Registers::good(1);
     let with = |change: fn(&mut Registers)| {
@@ -313,7 +313,7 @@ pub fn hostile_5_a_bad_value_after_a_good_one_counts<T: Transport>() {
     assert_eq!(guest.activations(), 0);
 }
 
-/// HOSTILE.md 5 and 7, CVE-2026-5747: what a device was started with does not change under it.
+/// docs/hostile.md 5 and 7, CVE-2026-5747: what a device was started with does not change under it.
 pub fn hostile_7_queues_and_features_are_frozen_once_the_device_runs<T: Transport>() {
     let mut guest = Guest::<T>::with_queues();
     guest.status(RUNNING);
@@ -363,7 +363,7 @@ pub fn hostile_7_a_device_that_cannot_start_says_so<T: Transport>() {
     assert_eq!(guest.activations(), 0);
 }
 
-/// HOSTILE.md 7: notifications at any time, of any queue.
+/// docs/hostile.md 7: notifications at any time, of any queue.
 pub fn hostile_7_notifications_reach_the_queue_they_name_and_no_other<T: Transport>() {
     let mut guest = Guest::<T>::new();
     let events = guest.transport.queue_events();
@@ -400,7 +400,7 @@ pub fn features_and_queue_sizes_can_be_read<T: Transport>() {
     }
 }
 
-/// HOSTILE.md 9: the configuration has any size, and ends.
+/// docs/hostile.md 9: the configuration has any size, and ends.
 pub fn hostile_9_the_configuration_ends<T: Transport>() {
     let mut guest = Guest::<T>::with_features();
     let mut data = [0xee; 8];
@@ -464,7 +464,7 @@ pub fn a_device_that_did_not_run_does_not_run_when_restored<T: Transport>() {
     assert_eq!(guest.activations(), 1);
 }
 
-/// HOSTILE.md 25: a state that no driver can have made.
+/// docs/hostile.md 25: a state that no driver can have made.
 pub fn hostile_25_states_that_cannot_be_are_refused<T: Transport>() {
     let spoilers: [fn(&mut NegotiationState); 6] = [
         |state| state.registers.queues[0].max_size = 32768,

@@ -197,7 +197,7 @@ mod tests {
         assert_eq!(version(&elf).as_deref(), Some("6.1.2-test"));
     }
 
-    /// HOSTILE.md 22: a part of a payload is no kernel, however much of it unpacks.
+    /// docs/hostile.md 22: a part of a payload is no kernel, however much of it unpacks.
     #[test]
     fn hostile_22_a_payload_that_is_cut_is_refused() {
         use std::io::Write;
@@ -230,7 +230,7 @@ mod tests {
         }
     }
 
-    /// HOSTILE.md 22.
+    /// docs/hostile.md 22.
     #[test]
     fn hostile_22_what_is_no_kernel_is_refused() {
         for image in [&b""[..], b"MZ", b"\x7fELF", &[0; 4096]] {

@@ -148,7 +148,7 @@ fn a_kernel_that_lacks_what_guests_need_is_told_which() {
     }
 }
 
-/// HOSTILE.md 22: modules that need each other, are none, or unpack without end.
+/// docs/hostile.md 22: modules that need each other, are none, or unpack without end.
 #[test]
 fn hostile_22_module_trees_that_lie_end() {
     let mut round = tree(&[]);
@@ -171,7 +171,7 @@ fn hostile_22_module_trees_that_lie_end() {
     }
 }
 
-/// HOSTILE.md 22: many modules, each of which is small enough.
+/// docs/hostile.md 22: many modules, each of which is small enough.
 #[test]
 fn hostile_22_modules_are_bounded_together() {
     let mut many = tree(&[]);
@@ -215,7 +215,7 @@ fn a_package_is_imported_with_its_modules_in_every_packing() {
     }
 }
 
-/// HOSTILE.md 22, for packages.
+/// docs/hostile.md 22, for packages.
 #[test]
 fn hostile_22_packages_that_hold_no_kernel_are_refused_and_leave_nothing() {
     let folder = tempfile::tempdir().unwrap();
@@ -308,7 +308,7 @@ fn kernels_are_listed_chosen_and_forgotten_by_name() {
     assert_eq!(kernels.default_name(), None);
 }
 
-/// HOSTILE.md 23: what is no file is not read.
+/// docs/hostile.md 23: what is no file is not read.
 #[test]
 fn hostile_23_devices_pipes_and_folders_are_no_kernels() {
     let folder = tempfile::tempdir().unwrap();
@@ -323,7 +323,7 @@ fn hostile_23_devices_pipes_and_folders_are_no_kernels() {
     assert!(matches!(kernels.import(&folder.path().join("no")), Err(KernelError::File { .. })));
 }
 
-/// HOSTILE.md 27 and 28.
+/// docs/hostile.md 27 and 28.
 #[test]
 fn hostile_28_imports_at_once_all_succeed_and_leave_one_whole_kernel() {
     let folder = tempfile::tempdir().unwrap();

@@ -78,7 +78,7 @@ fn a_flushed_firewall_is_mended_at_the_next_start() {
     });
 }
 
-/// HOSTILE.md 28: two commands at once on one network.
+/// docs/hostile.md 28: two commands at once on one network.
 #[test]
 fn hostile_28_many_at_once_get_one_bridge_and_distinct_addresses() {
     in_a_namespace(|| {

@@ -85,7 +85,7 @@ mod tests {
         }
     }
 
-    /// HOSTILE.md 15: a frame of 4 GiB announced.
+    /// docs/hostile.md 15: a frame of 4 GiB announced.
     #[test]
     fn hostile_15_an_announced_giant_is_refused_before_memory_is_taken() {
         let mut wire = u32::MAX.to_le_bytes().to_vec();
@@ -94,7 +94,7 @@ mod tests {
         assert!(matches!(error, FrameError::TooLarge(4_294_967_295)));
     }
 
-    /// HOSTILE.md 15: replies of any content.
+    /// docs/hostile.md 15: replies of any content.
     #[test]
     fn hostile_15_garbage_is_an_error() {
         for byte in 0..=255u8 {

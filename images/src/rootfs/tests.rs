@@ -221,7 +221,7 @@ fn within(layers: &[Vec<u8>], limits: &Limits) -> Result<BTreeMap<Vec<u8>, Found
     Ok(reader::read(&file).unwrap())
 }
 
-/// HOSTILE.md 18: everything that an image may have much of has a bound, and below it is kept.
+/// docs/hostile.md 18: everything that an image may have much of has a bound, and below it is kept.
 #[test]
 fn hostile_18_names_depths_and_counts_are_bounded() {
     let limits = Limits::default();
@@ -255,7 +255,7 @@ fn hostile_18_names_depths_and_counts_are_bounded() {
     assert!(error.contains("more than 19 bytes of file data"), "{error}");
 }
 
-/// HOSTILE.md 18, 19: a small layer that makes much of itself: directories that no entry names,
+/// docs/hostile.md 18, 19: a small layer that makes much of itself: directories that no entry names,
 /// names and attributes that are kept in memory, whiteouts that look at everything again.
 #[test]
 fn hostile_18_what_entries_cost_is_bounded() {
@@ -290,7 +290,7 @@ fn hostile_18_what_entries_cost_is_bounded() {
     assert!(within(&[tar(&entries)], &limits).unwrap_err().contains("more than 1000 steps"));
 }
 
-/// HOSTILE.md 18: what only the guest's own kernel makes something of.
+/// docs/hostile.md 18: what only the guest's own kernel makes something of.
 #[test]
 fn hostile_18_what_is_the_guests_own_is_kept_as_it_is() {
     let mut builder = tar::Builder::new(Vec::new());

@@ -1,4 +1,4 @@
-//! Ports and model-specific registers: HOSTILE.md 14.
+//! Ports and model-specific registers: docs/hostile.md 14.
 
 use crate::Orders;
 use crate::machine::{

@@ -1,4 +1,4 @@
-//! Drivers that break every rule of virtqueues: HOSTILE.md 1 to 8, and 10 to 13 by what they send.
+//! Drivers that break every rule of virtqueues: docs/hostile.md 1 to 8, and 10 to 13 by what they send.
 
 use crate::Orders;
 use crate::machine::{SCRATCH, fill, read, say, write};

@@ -1,4 +1,4 @@
-//! Garbage in registers: HOSTILE.md 9 and 14.
+//! Garbage in registers: docs/hostile.md 9 and 14.
 
 use crate::Orders;
 use crate::machine::{MAPPED, SCRATCH, read, say, write, write_vector};

@@ -17,7 +17,7 @@ done
 $b poweroff -f
 "#;
 
-/// HOSTILE.md 23: a FIFO without a reader, and one that nobody empties.
+/// docs/hostile.md 23: a FIFO without a reader, and one that nobody empties.
 #[test]
 fn hostile_23_fifos_without_a_reader_stop_neither_the_start_nor_the_guest() {
     let folder = tempfile::tempdir().unwrap();

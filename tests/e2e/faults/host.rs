@@ -103,7 +103,7 @@ impl Drop for Cuttable {
     }
 }
 
-/// HOSTILE.md 27: the power is cut after a flush was acknowledged.
+/// docs/hostile.md 27: the power is cut after a flush was acknowledged.
 #[test]
 fn hostile_27_what_was_flushed_is_on_the_disk_when_the_power_is_cut() {
     let script = "for disk in a b; do
@@ -138,7 +138,7 @@ fn hostile_27_what_was_flushed_is_on_the_disk_when_the_power_is_cut() {
     assert!(fs::read(after.join("not-flushed")).unwrap_or_default().is_empty());
 }
 
-/// HOSTILE.md 26: a disk's file is cut off under the machine.
+/// docs/hostile.md 26: a disk's file is cut off under the machine.
 #[test]
 fn hostile_26_a_disk_that_is_cut_off_is_an_io_error_of_the_guest() {
     let script = "while :; do
@@ -180,7 +180,7 @@ fn hostile_26_a_disk_that_is_cut_off_is_an_io_error_of_the_guest() {
     assert!(log.len() < 64 << 10, "{} bytes", log.len());
 }
 
-/// HOSTILE.md 26: a file that is memory of the guest is cut off. A flush is an error, which the log
+/// docs/hostile.md 26: a file that is memory of the guest is cut off. A flush is an error, which the log
 /// names; a program of the guest's that touches what is gone does not come back (KVM tries again and
 /// again where the guest takes asynchronous page faults, and gives the processor up where it does not).
 /// The monitor itself lives: it never touches that memory.
@@ -217,7 +217,7 @@ fn hostile_26_persistent_memory_that_is_cut_off_is_no_end_of_the_monitor_by_a_si
     end(vmm);
 }
 
-/// HOSTILE.md 26: the TAP is removed.
+/// docs/hostile.md 26: the TAP is removed.
 #[test]
 fn hostile_26_a_tap_that_is_removed_is_told_once() {
     let script = "$b ifconfig eth0 10.78.0.2 netmask 255.255.255.0; i=0
@@ -270,7 +270,8 @@ impl Counting {
         let cgroup = Path::new("/sys/fs/cgroup/vmrun").join(id);
         let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
         let is_vmm = |pid: &&str| {
-            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "vmrun-vmm\n")
+            fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|name| name.starts_with("vmrun-vmm"))
         };
         let vmm = processes.lines().find(is_vmm).unwrap_or_else(|| panic!("{processes:?}"));
         let vmm = Pid::from_raw(vmm.parse().unwrap());
@@ -292,7 +293,7 @@ impl Counting {
     }
 }
 
-/// HOSTILE.md 26: the host kills a VMM because its memory limit is reached.
+/// docs/hostile.md 26: the host kills a VMM because its memory limit is reached.
 #[test]
 fn hostile_26_a_vmm_killed_for_memory_is_told_and_the_others_go_on() {
     let mut other = Counting::start();
@@ -305,7 +306,7 @@ fn hostile_26_a_vmm_killed_for_memory_is_told_and_the_others_go_on() {
     other.end();
 }
 
-/// HOSTILE.md 27: SIGSTOP and SIGCONT.
+/// docs/hostile.md 27: SIGSTOP and SIGCONT.
 #[test]
 fn hostile_27_a_vmm_that_is_stopped_goes_on_later() {
     let mut other = Counting::start();
@@ -327,7 +328,7 @@ fn hostile_27_a_vmm_that_is_stopped_goes_on_later() {
     other.end();
 }
 
-/// HOSTILE.md 26: the host's disk is full under a machine's writable layer.
+/// docs/hostile.md 26: the host's disk is full under a machine's writable layer.
 #[test]
 fn hostile_26_a_full_disk_under_the_writable_layer_is_an_error_of_the_guest() {
     let (outside, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -356,7 +357,7 @@ fn hostile_26_a_full_disk_under_the_writable_layer_is_an_error_of_the_guest() {
     after.exits(0).prints("another\n");
 }
 
-/// HOSTILE.md 26: the host's clock jumps, forward and back.
+/// docs/hostile.md 26: the host's clock jumps, forward and back.
 #[test]
 fn hostile_26_a_clock_that_jumps_stops_nothing() {
     let mut one = Counting::start();

@@ -176,7 +176,7 @@ mod tests {
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
-    /// HOSTILE.md 25: truncated, corrupted, of a later version.
+    /// docs/hostile.md 25: truncated, corrupted, of a later version.
     #[test]
     fn hostile_25_damage_is_seen_wherever_it_is() {
         let good = sample();
@@ -198,7 +198,7 @@ mod tests {
         assert!(matches!(read_back(&newer), Err(DecodeError::Newer(2))));
     }
 
-    /// HOSTILE.md 25: lengths inside the payload that promise more than there is.
+    /// docs/hostile.md 25: lengths inside the payload that promise more than there is.
     #[test]
     fn hostile_25_a_payload_cannot_make_us_allocate() {
         for payload in [&[0xdd, 0xff, 0xff, 0xff, 0xff][..], &[0x92, 0xdb, 0x7f, 0xff, 0xff, 0xff]]

@@ -199,7 +199,7 @@ fn hostile_13_pages_outside_memory_are_ignored_and_the_others_are_not() {
     assert_eq!(driver.used(INFLATE).len(), 1);
 }
 
-/// HOSTILE.md 13: a page twice, and those that the queues are in.
+/// docs/hostile.md 13: a page twice, and those that the queues are in.
 #[test]
 fn hostile_13_pages_given_twice_and_the_devices_own_are_survived() {
     let mut driver = driver();

@@ -182,7 +182,7 @@ fn ranges_are_discarded_and_zeroed() {
         let bytes = std::fs::read(file.path()).unwrap();
         let zero: Vec<_> = (0..64).filter(|sector| bytes[sector * 512] == 0).collect();
         assert_eq!(zero, [0, 1, 5, 6, 9]);
-        // HOSTILE.md 10: past the end, a flag that means nothing, too many, none.
+        // docs/hostile.md 10: past the end, a flag that means nothing, too many, none.
         let bad = [
             (range(64, 1, 0), VIRTIO_BLK_S_IOERR),
             (range(u64::MAX, 1, 0), VIRTIO_BLK_S_IOERR),
@@ -242,7 +242,7 @@ fn hostile_10_a_read_only_disk_stays_as_it_is() {
     }
 }
 
-/// HOSTILE.md 26: the image is cut off under the machine.
+/// docs/hostile.md 26: the image is cut off under the machine.
 #[test]
 fn hostile_26_a_file_cut_off_is_an_error_of_the_request() {
     for engine in engines() {
@@ -261,7 +261,7 @@ fn hostile_1_broken_queues_are_survived() {
     }
 }
 
-/// HOSTILE.md 23: what is no disk.
+/// docs/hostile.md 23: what is no disk.
 #[test]
 fn hostile_23_fifos_folders_and_empty_files_are_no_disks() {
     let folder = tempfile::tempdir().unwrap();
@@ -328,7 +328,7 @@ fn a_request_may_be_cut_anywhere() {
     }
 }
 
-/// HOSTILE.md 3: one event moves so much and no more, and what is left is not forgotten.
+/// docs/hostile.md 3: one event moves so much and no more, and what is left is not forgotten.
 #[test]
 fn hostile_3_large_requests_leave_other_devices_their_turn() {
     const PIECE: u32 = 512 << 10;
@@ -719,7 +719,7 @@ fn requests_complete_in_any_order() {
     assert_eq!((&bytes[..16 * 512], bytes[16 * 512]), (&[0; 16 * 512][..], 16));
 }
 
-/// HOSTILE.md 7: the driver resets the device while the host is at its requests.
+/// docs/hostile.md 7: the driver resets the device while the host is at its requests.
 #[test]
 fn hostile_7_a_reset_leaves_nothing_in_flight() {
     if !has_uring() {
@@ -794,7 +794,7 @@ fn a_drained_queue_is_where_its_requests_are() {
     }
 }
 
-/// HOSTILE.md 3: a driver offers chains again that it has not got back.
+/// docs/hostile.md 3: a driver offers chains again that it has not got back.
 #[test]
 fn hostile_3_no_more_is_in_flight_than_the_queue_is_long() {
     if !has_uring() {
@@ -821,7 +821,7 @@ fn hostile_3_no_more_is_in_flight_than_the_queue_is_long() {
     assert!(!driver.is_broken());
 }
 
-/// HOSTILE.md 1: what is in flight when the driver breaks a rule comes back to nobody.
+/// docs/hostile.md 1: what is in flight when the driver breaks a rule comes back to nobody.
 #[test]
 fn hostile_1_a_queue_breaks_while_requests_are_in_flight() {
     if !has_uring() {

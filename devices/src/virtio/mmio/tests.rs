@@ -147,7 +147,7 @@ fn causes_are_acknowledged_one_by_one() {
     assert_eq!(get(registers, VIRTIO_MMIO_INTERRUPT_STATUS), 2);
 }
 
-/// HOSTILE.md 7: notifications of queues that no other transport can name.
+/// docs/hostile.md 7: notifications of queues that no other transport can name.
 #[test]
 fn hostile_7_notifications_of_queues_that_cannot_be_are_none() {
     let mut registers = Guest::<MmioTransport>::new().transport;
@@ -157,7 +157,7 @@ fn hostile_7_notifications_of_queues_that_cannot_be_are_none() {
     assert!(registers.queue_events().unwrap().iter().all(|event| event.read().is_err()));
 }
 
-/// HOSTILE.md 9: every register in every size, aligned or not; the configuration past its end.
+/// docs/hostile.md 9: every register in every size, aligned or not; the configuration past its end.
 #[test]
 fn hostile_9_every_offset_and_size_is_answered() {
     let mut guest = Guest::<MmioTransport>::with_features();

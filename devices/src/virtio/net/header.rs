@@ -78,7 +78,7 @@ mod tests {
         assert_eq!(judge(tcp, 30_000, Some(MAC)), None);
     }
 
-    /// HOSTILE.md 11.
+    /// docs/hostile.md 11.
     #[test]
     fn hostile_11_what_a_driver_must_not_send_is_dropped() {
         assert!(fault(&[0; 5], 5, None).is_some());

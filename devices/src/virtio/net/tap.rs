@@ -146,7 +146,7 @@ mod tests {
     use crate::virtio::net::{Net, NetOptions};
     use crate::virtio::test_driver::{BUFFERS, Driver, readable, writable};
 
-    /// HOSTILE.md 11: features that need another one, without it.
+    /// docs/hostile.md 11: features that need another one, without it.
     #[test]
     fn hostile_11_offloads_that_make_no_sense_are_not_asked_for() {
         let large = (1 << VIRTIO_NET_F_GUEST_TSO4) | (1 << VIRTIO_NET_F_GUEST_TSO6);

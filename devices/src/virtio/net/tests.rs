@@ -210,7 +210,7 @@ fn a_frame_waits_for_buffers() {
     }
 }
 
-/// HOSTILE.md 11: nothing but what the guest may send reaches the wire; every buffer comes back.
+/// docs/hostile.md 11: nothing but what the guest may send reaches the wire; every buffer comes back.
 #[test]
 fn hostile_11_bad_frames_are_dropped_and_good_ones_still_pass() {
     let (mut driver, host) = start(EVENT_IDX, 64);
@@ -242,7 +242,7 @@ fn hostile_11_bad_frames_are_dropped_and_good_ones_still_pass() {
     assert_eq!(arrived(&host), Some(frame(60)));
 }
 
-/// HOSTILE.md 11: receive buffers of 0 and 1 byte, and fewer than a frame needs in all.
+/// docs/hostile.md 11: receive buffers of 0 and 1 byte, and fewer than a frame needs in all.
 #[test]
 fn hostile_11_useless_receive_buffers_come_back_and_nothing_stalls() {
     for features in [0, EVENT_IDX, MERGEABLE, MERGEABLE | EVENT_IDX] {
@@ -276,7 +276,7 @@ fn hostile_1_broken_queues_are_survived() {
     });
 }
 
-/// HOSTILE.md 2: a broken chain stops the device until it is reset, and it works again then.
+/// docs/hostile.md 2: a broken chain stops the device until it is reset, and it works again then.
 #[test]
 fn hostile_2_a_chain_outside_memory_needs_a_reset() {
     for queue in [RX, TX] {
@@ -293,7 +293,7 @@ fn hostile_2_a_chain_outside_memory_needs_a_reset() {
     }
 }
 
-/// HOSTILE.md 7: after a reset no buffer of the old driver is written.
+/// docs/hostile.md 7: after a reset no buffer of the old driver is written.
 #[test]
 fn hostile_7_a_reset_forgets_buffers_and_frames() {
     let (mut driver, host) = start(MERGEABLE | EVENT_IDX, 8);
@@ -473,7 +473,7 @@ fn a_held_frame_keeps_its_buffers_while_others_are_added() {
     }
 }
 
-/// HOSTILE.md 7: nor a frame that was held for the limiter; and the limit is still there.
+/// docs/hostile.md 7: nor a frame that was held for the limiter; and the limit is still there.
 #[test]
 fn hostile_7_a_reset_forgets_a_held_frame_and_lifts_no_limit() {
     let limiter = RateLimiter::new(None, hourly(1)).unwrap();

@@ -414,7 +414,7 @@ fn an_unplugged_device_is_reset() {
     assert_eq!(guest.transport.status(), 0);
 }
 
-/// HOSTILE.md 9: every register in every size, aligned or not.
+/// docs/hostile.md 9: every register in every size, aligned or not.
 #[test]
 fn hostile_9_every_offset_and_size_of_the_bar_is_answered() {
     let mut guest = Guest::<Function>::with_features();

@@ -1,4 +1,4 @@
-//! HOSTILE.md 12, and what of the other lines concerns this device.
+//! docs/hostile.md 12, and what of the other lines concerns this device.
 
 use super::*;
 
@@ -305,7 +305,7 @@ fn a_caller_that_gives_up_leaves_nothing_behind() {
     assert_eq!(guest.ops(), [Op::Reset]);
 }
 
-/// HOSTILE.md 7: a reset ends everything, and the next driver can use the same descriptors.
+/// docs/hostile.md 7: a reset ends everything, and the next driver can use the same descriptors.
 #[test]
 fn hostile_7_a_reset_drops_every_connection() {
     let mut guest = Guest::booted();
@@ -323,7 +323,7 @@ fn hostile_7_a_reset_drops_every_connection() {
     }
 }
 
-/// HOSTILE.md 1 to 3: a broken chain on any queue, and then a fresh start.
+/// docs/hostile.md 1 to 3: a broken chain on any queue, and then a fresh start.
 #[test]
 fn hostile_2_a_chain_outside_memory_needs_a_reset() {
     for queue in [RX, TX, EVENT] {
@@ -344,7 +344,7 @@ fn hostile_2_a_chain_outside_memory_needs_a_reset() {
     }
 }
 
-/// HOSTILE.md 3: receive buffers too small for a header.
+/// docs/hostile.md 3: receive buffers too small for a header.
 #[test]
 fn hostile_3_useless_receive_buffers_come_back() {
     let mut guest = Guest::new();
@@ -375,7 +375,7 @@ fn hostile_1_broken_queues_are_survived() {
     });
 }
 
-/// HOSTILE.md 23: a socket's path that is too long, or in no folder; its folder stays as it is.
+/// docs/hostile.md 23: a socket's path that is too long, or in no folder; its folder stays as it is.
 #[test]
 fn hostile_23_sockets_that_cannot_be_are_errors() {
     let folder = tempfile::tempdir().unwrap();
