@@ -461,15 +461,9 @@ mod tests {
         }
     }
 
-    fn paths() -> (tempfile::TempDir, Paths) {
-        let folder = tempfile::tempdir().unwrap();
-        let paths = Paths::open(Some(folder.path())).unwrap();
-        (folder, paths)
-    }
-
     #[test]
     fn a_container_lives_is_listed_and_removed() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         let container = Container::create(&paths, config("one", false)).unwrap();
         assert!(list(&paths).unwrap()[0].running);
         assert!(matches!(remove(&paths, "one"), Err(ContainerError::Running(_))));
@@ -499,7 +493,7 @@ mod tests {
     /// docs/hostile.md 27: whoever held it was killed.
     #[test]
     fn hostile_27_what_the_dead_leave_is_cleared() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         let container = Container::create(&paths, config("gone", true)).unwrap();
         let (folder, run) = (container.folder.clone(), container.run.clone());
         // Dropping without finishing is what the kernel does to a killed process's locks.
@@ -517,7 +511,7 @@ mod tests {
     /// docs/hostile.md 26, 27: a description lost with the power, and folders of others.
     #[test]
     fn hostile_27_a_spoiled_container_is_kept_and_in_nobodys_way() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         let container = Container::create(&paths, config("spoiled", true)).unwrap();
         let (folder, id) = (container.folder.clone(), container.config.id.clone());
         drop(container);
@@ -539,7 +533,7 @@ mod tests {
     /// docs/hostile.md 28: two at once on one name.
     #[test]
     fn hostile_28_one_of_many_gets_the_name() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         let threads: Vec<_> = (0..8)
             .map(|_| {
                 let paths = paths.clone();

@@ -123,6 +123,32 @@ pub fn identify(control: &mut Control, identity: Identity) -> Result<(), RunErro
     }
 }
 
+/// A process to talk about.
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn sample(streams: Vec<agent_protocol::Stream>) -> Start {
+    use agent_protocol::{Process, Root, Writable};
+    Start {
+        root: Root { device: "/dev/vda".to_owned(), writable: Writable::No },
+        mounts: Vec::new(),
+        hostname: "h".to_owned(),
+        network: None,
+        time_ns: 0,
+        entropy: Vec::new(),
+        machine_id: String::new(),
+        process: Process {
+            id: 0,
+            argv: vec!["x".to_owned()],
+            env: Vec::new(),
+            cwd: "/".to_owned(),
+            user: String::new(),
+            groups: Vec::new(),
+            terminal: None,
+            streams,
+            rlimits: Vec::new(),
+        },
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
@@ -132,34 +158,11 @@ mod tests {
     use std::thread;
 
     use agent_protocol::{
-        Hello, HelloReply, Process, Purpose, Root, StartFailure, Writable, read_frame, write_frame,
+        Hello, HelloReply, Purpose, StartFailure, Stream, read_frame, write_frame,
     };
 
     use super::*;
     use crate::agent::AgentError;
-
-    fn start(streams: Vec<Stream>) -> Start {
-        Start {
-            root: Root { device: "/dev/vda".to_owned(), writable: Writable::No },
-            mounts: Vec::new(),
-            hostname: "h".to_owned(),
-            network: None,
-            time_ns: 0,
-            entropy: Vec::new(),
-            machine_id: String::new(),
-            process: Process {
-                id: 0,
-                argv: vec!["x".to_owned()],
-                env: Vec::new(),
-                cwd: "/".to_owned(),
-                user: String::new(),
-                groups: Vec::new(),
-                terminal: None,
-                streams,
-                rlimits: Vec::new(),
-            },
-        }
-    }
 
     fn greet(listener: &UnixListener) -> (UnixStream, Purpose) {
         let (mut stream, _) = listener.accept().unwrap();
@@ -199,7 +202,7 @@ mod tests {
             outputs: &mut outputs,
             on_start: &|| started.set(true),
         };
-        let result = conversation.run(&mut control, start(streams));
+        let result = conversation.run(&mut control, sample(streams));
         control.close();
         for output in outputs {
             output.join().unwrap();

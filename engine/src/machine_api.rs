@@ -9,7 +9,6 @@ use hyper::body::Bytes;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// Name of the socket in a container's folder of sockets.
@@ -81,17 +80,9 @@ impl MachineApi {
         self.call(Method::PUT, "/snapshot/load", load)
     }
 
-    fn call<T: DeserializeOwned>(
-        &self,
-        method: Method,
-        path: &str,
-        body: &impl Serialize,
-    ) -> Result<T, ApiError> {
+    fn call(&self, method: Method, path: &str, body: &impl Serialize) -> Result<(), ApiError> {
         let failed = |error| ApiError::Socket { path: self.socket.clone(), error };
-        let body = match method {
-            Method::GET => Vec::new(),
-            _ => serde_json::to_vec(body).map_err(senseless)?,
-        };
+        let body = serde_json::to_vec(body).map_err(senseless)?;
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -112,16 +103,15 @@ impl MachineApi {
             let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
             Ok((status, body.map_err(senseless)?.to_bytes()))
         })?;
-        if !status.is_success() {
-            let fault: Value = serde_json::from_slice(&answer).unwrap_or_default();
-            let said = fault.get("fault_message").and_then(Value::as_str);
-            return Err(said.map_or_else(
-                || senseless(status),
-                |text| ApiError::Refused(crate::agent::printable(text)),
-            ));
+        if status == StatusCode::NO_CONTENT {
+            return Ok(());
         }
-        let answer = if status == StatusCode::NO_CONTENT { b"null" } else { &answer[..] };
-        serde_json::from_slice(answer).map_err(senseless)
+        let fault: Value = serde_json::from_slice(&answer).unwrap_or_default();
+        let said = fault.get("fault_message").and_then(Value::as_str);
+        Err(said.map_or_else(
+            || senseless(status),
+            |text| ApiError::Refused(crate::agent::printable(text)),
+        ))
     }
 }
 

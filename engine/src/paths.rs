@@ -40,6 +40,14 @@ impl Paths {
         Ok(Paths { state: absolute(&paths.state)?, run: absolute(&paths.run)? })
     }
 
+    /// Folders for a test, and what removes them.
+    #[cfg(test)]
+    pub fn temporary() -> (tempfile::TempDir, Paths) {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::open(Some(folder.path())).unwrap();
+        (folder, paths)
+    }
+
     fn locate(root: Option<&Path>) -> Paths {
         if let Some(root) = root {
             return Paths { state: root.to_owned(), run: root.join("run") };

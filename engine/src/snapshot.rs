@@ -500,12 +500,6 @@ pub fn create(paths: &Paths, container: &str, name: &str) -> Result<(), Snapshot
 mod tests {
     use super::*;
 
-    fn paths() -> (tempfile::TempDir, Paths) {
-        let folder = tempfile::tempdir().unwrap();
-        let paths = Paths::open(Some(folder.path())).unwrap();
-        (folder, paths)
-    }
-
     fn origin() -> Origin {
         Origin {
             image: "i".to_owned(),
@@ -536,7 +530,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_is_made_found_and_removed() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         assert!(list(&paths).unwrap().is_empty());
         make(&paths, "one").unwrap();
         assert!(matches!(make(&paths, "one"), Err(SnapshotError::Exists(_))));
@@ -561,7 +555,7 @@ mod tests {
 
     #[test]
     fn nothing_is_left_of_one_that_was_not_finished() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         drop(Work::begin(&paths, "dropped").unwrap());
         assert_eq!(entries(&paths), 0);
         // Killed: nobody drops it, and its lock is free.
@@ -578,7 +572,7 @@ mod tests {
 
     #[test]
     fn a_damaged_one_is_said_to_be_so_and_not_in_the_way() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         make(&paths, "good").unwrap();
         type Spoil<'a> = (&'a str, &'a dyn Fn(&Path));
         let spoil: [Spoil; 5] = [

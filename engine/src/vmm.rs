@@ -99,8 +99,3 @@ pub fn describe(status: ExitStatus) -> String {
         None => "the VMM ended".to_owned(),
     }
 }
-
-/// Number of a descriptor that is to be inherited.
-pub fn number(descriptor: &impl AsRawFd) -> RawFd {
-    descriptor.as_raw_fd()
-}

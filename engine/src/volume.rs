@@ -247,19 +247,13 @@ mod tests {
     use super::*;
     use crate::container::{Config, Container};
 
-    fn paths() -> (tempfile::TempDir, Paths) {
-        let folder = tempfile::tempdir().unwrap();
-        let paths = Paths::open(Some(folder.path())).unwrap();
-        (folder, paths)
-    }
-
     fn argument(source: &str, read_only: bool) -> VolumeArgument {
         VolumeArgument { source: source.to_owned(), target: "/data".to_owned(), read_only }
     }
 
     #[test]
     fn a_volume_has_one_writer_or_many_readers() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         let first = attach(&paths, argument("data", false)).unwrap();
         let second = attach(&paths, argument("data", true)).err().unwrap();
         assert!(matches!(second, VolumeError::InUse(_)), "{second}");
@@ -272,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_container_that_stays_keeps_its_volume() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         for name in ["kept", "free"] {
             create(&paths, name, 32 << 20).unwrap();
         }
@@ -295,7 +289,7 @@ mod tests {
     /// docs/hostile.md 23, 26: what is given as a disk and is none.
     #[test]
     fn hostile_23_what_is_no_disk_is_refused() {
-        let (folder, paths) = paths();
+        let (folder, paths) = Paths::temporary();
         let refused =
             |path: &Path| attach(&paths, argument(path.to_str().unwrap(), false)).err().unwrap();
         assert!(matches!(refused(folder.path()), VolumeError::Directory(_)));
@@ -313,7 +307,7 @@ mod tests {
     /// docs/hostile.md 27: its last machine was killed, and its journal is full.
     #[test]
     fn hostile_27_an_unclean_volume_is_refused_read_only() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         create(&paths, "data", 32 << 20).unwrap();
         let file = OpenOptions::new().read(true).write(true).open(file_of(&paths, "data")).unwrap();
         let mut feature = [0];
@@ -327,7 +321,7 @@ mod tests {
     /// docs/hostile.md 27: killed while a volume was made.
     #[test]
     fn hostile_27_a_half_made_volume_is_made_anew() {
-        let (_folder, paths) = paths();
+        let (_folder, paths) = Paths::temporary();
         let folder = paths.volumes().join("half");
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join(".tmpAbCdEf"), "a part").unwrap();

@@ -165,7 +165,7 @@ mod tests {
             assert!(cgroup("", file).make(&base, Path::new("a")).is_err(), "{file}");
         }
         let error = cgroup("", "memory.max").make(&base, Path::new("a")).unwrap_err();
-        assert_eq!(error.failed_step(), Some(Step::Cgroup));
+        assert!(matches!(error, JailError::Step { step: Step::Cgroup, .. }), "{error}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 }

@@ -53,7 +53,7 @@ impl std::str::FromStr for Step {
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
     /// A step that can be left out was not possible.
-    #[error("the jail's {step}: {what}: {error}")]
+    #[error("the jail's {step}: {what}: {error}; --unconfined {step} goes on without")]
     Step {
         /// Which.
         step: Step,
@@ -87,13 +87,5 @@ impl JailError {
     pub(crate) fn host<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
         let what = what.into();
         move |error| JailError::Host { what, error: error.into() }
-    }
-
-    /// The step that could not be taken, where the caller may go on without it.
-    pub fn failed_step(&self) -> Option<Step> {
-        match self {
-            JailError::Step { step, .. } => Some(*step),
-            _ => None,
-        }
     }
 }

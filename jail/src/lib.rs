@@ -10,6 +10,7 @@
 //! before they are given up; Landlock last, since it would forbid the rest.
 
 mod cgroup;
+mod descriptors;
 mod error;
 mod namespaces;
 mod privileges;
@@ -20,6 +21,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 pub use cgroup::Cgroup;
+pub use descriptors::close_others;
 pub use error::{JailError, Step};
 pub use nix::sys::resource::Resource;
 pub use users::User;
@@ -89,8 +91,8 @@ impl Jail {
         }
         let namespaces = !skipped(Step::Namespaces);
         let mut root = root::Prepared::new(&self.root, self.uid, self.gid)?;
+        privileges::drop_groups()?;
         if namespaces {
-            namespaces::drop_groups()?;
             if let Some(path) = &self.network {
                 namespaces::join_network(path)?;
             }
@@ -99,7 +101,7 @@ impl Jail {
             namespaces::name_host(&self.id)?;
             root.enter()?;
         } else {
-            privileges::become_user(self.uid, self.gid)?;
+            privileges::set_ids(self.uid, self.gid)?;
             namespaces::fork(self.parent)?;
         }
         privileges::limit(&self.limits)?;

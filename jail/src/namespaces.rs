@@ -35,14 +35,6 @@ fn do_fork() -> nix::Result<ForkResult> {
     unsafe { nix::unistd::fork() }
 }
 
-/// Root leaves its groups. Others cannot, and keep theirs.
-pub fn drop_groups() -> Result<(), JailError> {
-    if nix::unistd::geteuid().is_root() {
-        nix::unistd::setgroups(&[]).map_err(failed("setgroups"))?;
-    }
-    Ok(())
-}
-
 /// Moves this process into a network namespace that there is.
 pub fn join_network(path: &Path) -> Result<(), JailError> {
     let named = || format!("network namespace {}", path.display());

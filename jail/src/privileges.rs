@@ -24,12 +24,12 @@ pub fn set_ids(uid: u32, gid: u32) -> Result<(), JailError> {
         .map_err(JailError::host(format!("becoming user {uid} and group {gid}")))
 }
 
-/// As [`set_ids`], for a process without a user namespace of its own.
-pub fn become_user(uid: u32, gid: u32) -> Result<(), JailError> {
+/// Root leaves its groups. Others cannot, and keep theirs.
+pub fn drop_groups() -> Result<(), JailError> {
     if nix::unistd::geteuid().is_root() {
         nix::unistd::setgroups(&[]).map_err(JailError::host("setgroups"))?;
     }
-    set_ids(uid, gid)
+    Ok(())
 }
 
 /// Sets limits, and forbids core dumps, which would hold the guest's memory.

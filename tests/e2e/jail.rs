@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -11,6 +13,7 @@ use e2e::api::Vmm;
 use e2e::break_in::{Argument, Outcome, TakenOver};
 use e2e::user::{UID, User};
 use e2e::{Running, Session, guest};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::libc;
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -257,9 +260,14 @@ fn the_jailers_options_do_what_they_do_there() {
         command
     };
     let socket = root.join("run/firecracker.socket");
+    // What is handed in is still there in the jail, which clears the environment.
+    let vsock = UnixListener::bind(root.join("vsock")).unwrap();
+    fcntl(&vsock, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
     let mut command = start(
         "the-one",
         &[
+            "--vsock-fd",
+            &vsock.as_raw_fd().to_string(),
             "--cgroup",
             "pids.max=20",
             "--resource-limit",
@@ -295,6 +303,7 @@ fn the_jailers_options_do_what_they_do_there() {
     let boot = |kernel: &str| json!({ "kernel_image_path": kernel, "initrd_path": "/initrd" });
     vmm.refused("PUT", "/boot-source", &boot("/../../../etc/passwd").to_string(), "passwd");
     vmm.done("PUT", "/boot-source", &boot("/vmlinux"));
+    vmm.done("PUT", "/vsock", &json!({ "guest_cid": 3, "uds_path": "/vsock" }));
     vmm.done("PUT", "/serial", &json!({ "serial_out_path": "/serial.log" }));
     vmm.done("PUT", "/actions", &json!({ "action_type": "InstanceStart" }));
     vmm.done("PATCH", "/vm", &json!({ "state": "Paused" }));

@@ -164,7 +164,9 @@ impl Controller {
             lock(&service).configure(metadata::state(config)).map_err(refused)?;
             self.handed.metadata = Some(service);
         }
-        self.handed.try_clone().map_err(|error| refused(format!("a TAP handed in: {error}")))
+        self.handed
+            .try_clone()
+            .map_err(|error| refused(format!("a descriptor that was handed in: {error}")))
     }
 
     fn machine_config(&self) -> MachineConfig {

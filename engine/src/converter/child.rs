@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use images::conversion;
-use jail::{Jail, Parent, Resource, Root, Step};
+use jail::{Jail, JailError, Parent, Resource, Root, Step};
 use nix::sys::signal::{SigHandler, Signal};
 use seccompiler::{BpfProgram, sock_filter};
 
@@ -44,7 +44,9 @@ fn confine(cell: Option<OsString>) -> Result<(Vec<File>, File), String> {
     if kept.first().is_some_and(|first| *first < 3) || kept.windows(2).any(|two| two[0] == two[1]) {
         return Err("its descriptors are not its own".to_owned());
     }
-    close_others(&kept).map_err(|error| format!("closing descriptors: {error}"))?;
+    // SAFETY: nothing in this process has opened a descriptor yet; those that are open were
+    // inherited by number.
+    unsafe { jail::close_others(kept) }.map_err(|error| format!("closing descriptors: {error}"))?;
     let [output, pid_pipe] = [cell.output, cell.pid_pipe].map(inherited);
     let inputs: Vec<File> = cell.inputs.iter().map(|input| inherited(*input).into()).collect();
     // A file that would become too large is an error of the write.
@@ -70,13 +72,12 @@ fn confine(cell: Option<OsString>) -> Result<(Vec<File>, File), String> {
         parent: Parent::Leave { pid: pid_pipe },
         without,
     };
-    let advice = |step: Step| format!("; --unconfined {step} goes on without");
-    jail.enter().map_err(|error| {
-        format!("{error}{}", error.failed_step().map(advice).unwrap_or_default())
-    })?;
+    jail.enter().map_err(|error| error.to_string())?;
     if filtered {
-        seccompiler::apply_filter(&filter())
-            .map_err(|error| format!("seccomp: {error}{}", advice(Step::Seccomp)))?;
+        seccompiler::apply_filter(&filter()).map_err(|error| {
+            let error = io::Error::other(error.to_string());
+            JailError::Step { step: Step::Seccomp, what: "filter".to_owned(), error }.to_string()
+        })?;
     }
     Ok((inputs, output.into()))
 }
@@ -98,28 +99,6 @@ fn inherited(number: RawFd) -> OwnedFd {
     // stream's; nothing in this process has opened anything yet, so no object owns them. One that is
     // not open makes its uses fail.
     unsafe { OwnedFd::from_raw_fd(number) }
-}
-
-/// Closes all descriptors but the standard streams and these, which are in order.
-fn close_others(kept: &[RawFd]) -> io::Result<()> {
-    let mut from = 3;
-    for number in kept.iter().copied() {
-        close_range(from, number - 1)?;
-        from = number + 1;
-    }
-    close_range(from, RawFd::MAX)
-}
-
-fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
-    if first > last {
-        return Ok(());
-    }
-    // SAFETY: nothing in this process has opened a descriptor yet; those that are open were
-    // inherited by number, and no object owns one.
-    match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 #[cfg(test)]

@@ -85,21 +85,30 @@ pub struct Opened {
 }
 
 impl JailOptions {
+    /// Starts the program anew without its environment where a jail is asked for: what that holds is
+    /// of no use inside, and may be a secret of the host's. To be called before any descriptor is
+    /// taken over, which would be closed.
+    pub fn clear_environment(&self) -> Result<(), MachineError> {
+        if !self.jail || std::env::vars_os().next().is_none() {
+            return Ok(());
+        }
+        let error =
+            Command::new("/proc/self/exe").args(std::env::args_os().skip(1)).env_clear().exec();
+        Err(failed(format!("/proc/self/exe: {error}")))
+    }
+
     /// Enters the jail where one is asked for, with these descriptors left open: returns in the
     /// confined process only.
     pub fn enter(&self, id: &str, mut kept: Vec<RawFd>) -> Result<Option<Opened>, MachineError> {
         if !self.jail {
             return Ok(None);
         }
-        // What the environment holds is of no use inside, and may be a secret of the host's.
-        if std::env::vars_os().next().is_some() {
-            let again =
-                Command::new("/proc/self/exe").args(std::env::args_os().skip(1)).env_clear().exec();
-            return Err(failed(format!("/proc/self/exe: {again}")));
-        }
         kept.extend(&self.keep_fds);
         kept.extend(self.pid_fd);
-        close_others(kept).map_err(|error| failed(format!("closing descriptors: {error}")))?;
+        // SAFETY: nothing in this process has opened a descriptor yet but what is kept; the others
+        // were inherited by number.
+        unsafe { jail::close_others(kept) }
+            .map_err(|error| failed(format!("closing descriptors: {error}")))?;
         let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(|error| {
             failed(format!(
                 "cannot open /dev/kvm: {error}; is KVM enabled, and may this user read and write it?"
@@ -109,10 +118,7 @@ impl JailOptions {
             silence().map_err(|error| failed(format!("/dev/null: {error}")))?;
         }
         let jail = self.describe(id)?;
-        jail.enter().map_err(|error| match error.failed_step() {
-            Some(step) => failed(format!("{error}; --unconfined {step} goes on without")),
-            None => failed(error),
-        })?;
+        jail.enter().map_err(failed)?;
         Ok(Some(Opened { kvm: kvm.into() }))
     }
 
@@ -183,31 +189,6 @@ fn pair(option: &str, text: &str) -> Result<(String, String), MachineError> {
     let (name, value) =
         text.split_once('=').ok_or_else(|| failed(format!("{option} {text}: no = in it")))?;
     Ok((name.to_owned(), value.to_owned()))
-}
-
-/// Closes all descriptors but the standard streams and these.
-fn close_others(mut kept: Vec<RawFd>) -> io::Result<()> {
-    kept.retain(|number| *number > 2);
-    kept.sort_unstable();
-    kept.dedup();
-    let mut from = 3;
-    for number in kept {
-        close_range(from, number - 1)?;
-        from = number + 1;
-    }
-    close_range(from, RawFd::MAX)
-}
-
-fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
-    if first > last {
-        return Ok(());
-    }
-    // SAFETY: nothing in this process has opened a descriptor yet; those that are open were
-    // inherited by number, and no object owns one.
-    match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// Makes the standard streams /dev/null.

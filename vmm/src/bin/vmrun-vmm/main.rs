@@ -162,6 +162,7 @@ fn failed(error: impl ToString) -> MachineError {
 }
 
 fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
+    options.jail.clear_environment()?;
     let taps = options.tap_fd.iter().map(|text| tap(text)).collect::<Result<HashMap<_, _>, _>>()?;
     let vsock = match &options.vsock_fd {
         Some(number) => Some(UnixListener::from(inherited("--vsock-fd", number)?)),
@@ -189,19 +190,12 @@ fn run(options: Options, started: Instant) -> Result<i32, MachineError> {
     let mut machine = Controller::new(options.id.clone(), handed, limit);
     machine.set_log(log);
     if let Some(path) = &options.metadata {
-        let named = |error: &dyn std::fmt::Display| failed(format!("{}: {error}", path.display()));
-        let text = read(path).map_err(|error| named(&error))?;
-        let contents = serde_json::from_slice(&text).map_err(|error| named(&error))?;
-        machine.handle(MachineRequest::PutMmds(contents)).map_err(|error| named(&error))?;
+        let contents = read(path, |text| serde_json::from_slice(text))?;
+        machine.handle(MachineRequest::PutMmds(contents)).map_err(named(path))?;
     }
     let config = match &options.config_file {
         None => ConfigFile::default(),
-        Some(path) => {
-            let named =
-                |error: &dyn std::fmt::Display| failed(format!("{}: {error}", path.display()));
-            let text = read(path).map_err(|error| named(&error))?;
-            ConfigFile::parse(&text).map_err(|error| named(&error))?
-        }
+        Some(path) => read(path, ConfigFile::parse)?,
     };
     if let Some(path) = &options.metrics_path {
         let metrics_path = path.clone();
@@ -235,9 +229,7 @@ fn seccomp(options: &Options) -> Result<Seccomp, MachineError> {
         return Ok(Seccomp::default());
     }
     let Some(path) = &options.seccomp_filter else { return Ok(Seccomp::built_in()) };
-    let named = |error: &dyn std::fmt::Display| failed(format!("{}: {error}", path.display()));
-    let text = read(path).map_err(|error| named(&error))?;
-    Seccomp::from_policy(&text).map_err(|error| named(&error))
+    read(path, Seccomp::from_policy)
 }
 
 /// Listens on the socket and serves it on a thread of its own.
@@ -284,11 +276,21 @@ fn listen(path: &Path) -> std::io::Result<UnixListener> {
     }
 }
 
-fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+/// An error of this file's.
+fn named<E: std::fmt::Display>(path: &Path) -> impl Fn(E) -> MachineError {
+    move |error| failed(format!("{}: {error}", path.display()))
+}
+
+/// What a file holds.
+fn read<T, E: std::fmt::Display>(
+    path: &Path,
+    parse: impl FnOnce(&[u8]) -> Result<T, E>,
+) -> Result<T, MachineError> {
     let mut text = Vec::new();
     let options = OpenOptions::new().read(true).clone();
-    host_file::open_with(path, Access::Read, &options)?.read_to_end(&mut text)?;
-    Ok(text)
+    let mut file = host_file::open_with(path, Access::Read, &options).map_err(named(path))?;
+    file.read_to_end(&mut text).map_err(named(path))?;
+    parse(&text).map_err(named(path))
 }
 
 /// What the command line says of messages.

@@ -1,30 +1,32 @@
 //! From an image to a process's exit status: makes a container, starts its VMM, tells its agent what
 //! to run, and stays between the process and the terminal until the end.
 
+mod boot;
+mod launch;
+mod machine;
+
 use std::cell::Cell;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::fs::File;
+use std::io::{self, Write};
 use std::net::Ipv4Addr;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::{
     Identity, Mount, MountSource, Network as GuestNetwork, Root, Start, StartFailure, Stream,
     WindowSize, Writable,
 };
-use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{
-    BackendType, BootSource, CacheType, Console, ConsoleOverride, Drive, DriveOverride, Entropy,
-    IoEngine, Level, Logger, MachineConfig, MemoryBackend, NetworkInterface, NetworkOverride,
-    RestoredPages, SnapshotLoad, Vsock, VsockOverride,
+    BackendType, ConsoleOverride, DriveOverride, MemoryBackend, NetworkOverride, RestoredPages,
+    SnapshotLoad, VsockOverride,
 };
 use images::Image;
 
-use crate::agent::{self, AgentError, Control, Ready, printable};
-use crate::confinement::{Confinement, Policy, Share};
+pub use boot::{WarmOptions, snapshot_warm, try_boot};
+
+use crate::agent::{AgentError, Control, Ready};
+use crate::confinement::Policy;
 use crate::container::{Config, Container, ContainerError, Machine, VSOCK};
 use crate::conversation::{self, Conversation, Exit};
 use crate::disk::{self, DiskError};
@@ -33,11 +35,13 @@ use crate::machine_api::{ApiError, MachineApi};
 use crate::network::{self, Attachment, Dns, NetworkError};
 use crate::paths::Paths;
 use crate::programs::{self, ProgramError};
-use crate::snapshot::{self, Main, Snapshot, SnapshotError, Work};
+use crate::snapshot::{Main, Snapshot, SnapshotError};
 use crate::spec::{self, ProcessOptions, SpecError, VolumeArgument};
 use crate::stdio::{Forwarding, Terminal};
-use crate::vmm::{self, Handed, Vmm};
+use crate::vmm::Handed;
 use crate::volume::{self, Attached, VolumeError};
+use launch::{Launch, explain};
+use machine::{Plan, interface_override};
 
 /// Size of a container's writable layer, in bytes: sparse, so this is what it may grow to.
 pub const DEFAULT_DISK: u64 = 10 << 30;
@@ -51,8 +55,6 @@ const MAX_VOLUMES: usize = 24;
 /// How long a guest may take to come up. Generous: emulated hosts are slow, and a guest that
 /// crashes is noticed at once.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
-/// How long a trial may take: a host on which it takes longer is of no use.
-const TRIAL_LIMIT: Duration = Duration::from_secs(30);
 /// How long a VMM may take to end after its guest was told that all is read.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
@@ -626,360 +628,4 @@ fn entropy() -> Result<Vec<u8>, RunError> {
     let mut bytes = vec![0; 64];
     crate::random::fill(&mut bytes).map_err(RunError::Stdio)?;
     Ok(bytes)
-}
-
-/// An address in text.
-fn mac(attachment: &Attachment) -> String {
-    attachment.mac.map(|byte| format!("{byte:02x}")).join(":")
-}
-
-fn interface_override(attachment: &Attachment) -> NetworkOverride {
-    NetworkOverride {
-        iface_id: "eth0".to_owned(),
-        host_dev_name: attachment.tap_name.clone(),
-        guest_mac: Some(mac(attachment)),
-    }
-}
-
-/// A machine that boots.
-struct Plan<'a> {
-    kernel: &'a Kernel,
-    root_device: &'a Path,
-    writable: Option<&'a Path>,
-    cpus: u8,
-    memory: u64,
-    debug: bool,
-}
-
-impl Plan<'_> {
-    fn machine(
-        &self,
-        volumes: &[Attached],
-        attachment: Option<&Attachment>,
-        container: &Container,
-        handed: &mut Handed,
-    ) -> Result<ConfigFile, RunError> {
-        let mut config = bare_machine(self.kernel, container, handed)?;
-        let mut drive = |id: String, path: &Path, is_read_only: bool| {
-            let opened = if is_read_only { handed.read(path) } else { handed.write(path) };
-            config.drives.push(Drive {
-                drive_id: id,
-                is_root_device: false,
-                partuuid: None,
-                path_on_host: Some(opened.map_err(at(path))?),
-                is_read_only,
-                cache_type: CacheType::Writeback,
-                io_engine: IoEngine::Sync,
-                rate_limiter: None,
-                socket: None,
-            });
-            Ok::<_, RunError>(())
-        };
-        drive("image".to_owned(), self.root_device, true)?;
-        if let Some(path) = self.writable {
-            drive("writable".to_owned(), path, false)?;
-        }
-        for (index, volume) in volumes.iter().enumerate() {
-            drive(format!("volume{index}"), &volume.path, volume.argument.read_only)?;
-        }
-        config.machine_config = Some(MachineConfig {
-            vcpu_count: self.cpus,
-            mem_size_mib: (self.memory >> 20) as usize,
-            ..Default::default()
-        });
-        config.network_interfaces = attachment
-            .iter()
-            .map(|attachment| NetworkInterface {
-                iface_id: "eth0".to_owned(),
-                host_dev_name: attachment.tap_name.clone(),
-                guest_mac: Some(mac(attachment)),
-                mtu: Some(attachment.mtu),
-                rx_rate_limiter: None,
-                tx_rate_limiter: None,
-            })
-            .collect();
-        let level = if self.debug { Level::Debug } else { Level::Warning };
-        config.logger =
-            Some(Logger { level: Some(level), show_level: Some(true), ..Default::default() });
-        Ok(config)
-    }
-}
-
-/// A machine in which no process runs yet, for a snapshot.
-#[derive(Clone, Debug)]
-pub struct WarmOptions {
-    /// The image as the user named it.
-    pub image: String,
-    /// Memory in bytes.
-    pub memory: u64,
-    /// Number of virtual processors.
-    pub cpus: u8,
-    /// No writable layer.
-    pub read_only: bool,
-    /// Size of the writable layer in bytes.
-    pub disk: u64,
-    /// Network.
-    pub network: NetworkMode,
-    /// How the VMM is confined.
-    pub confinement: Policy,
-    /// Let the VMM log everything.
-    pub debug: bool,
-}
-
-/// Boots a machine of an image until it waits for what to run, and makes a snapshot of it there. To
-/// be called on the main thread.
-pub fn snapshot_warm(
-    paths: &Paths,
-    image: &Image,
-    root_device: &Path,
-    kernel: &Kernel,
-    options: &WarmOptions,
-    name: &str,
-) -> Result<(), RunError> {
-    let program = programs::vmm()?;
-    let work = Work::begin(paths, name)?;
-    let config = Config {
-        image: options.image.clone(),
-        image_id: image.config_digest.to_string(),
-        remove: true,
-        machine: Machine {
-            root_device: root_device.to_owned(),
-            memory_mib: (options.memory >> 20) as usize,
-            cpus: options.cpus,
-            network: options.network == NetworkMode::Default,
-            writable: !options.read_only,
-            volumes: 0,
-        },
-        ..Config::default()
-    };
-    let container = Container::create(paths, config)?;
-    let attempt = || {
-        let attachment = match options.network {
-            NetworkMode::None => None,
-            NetworkMode::Default => Some(network::attach(None)?),
-        };
-        let writable = container.writable();
-        if let Some(path) = &writable {
-            disk::make(paths, options.disk, path)?;
-        }
-        let ready = Ready::listen(&container.run().join(VSOCK))?;
-        let plan = Plan {
-            kernel,
-            root_device,
-            writable: writable.as_deref(),
-            cpus: options.cpus,
-            memory: options.memory,
-            debug: options.debug,
-        };
-        let mut handed = Handed::default();
-        let machine = plan.machine(&[], attachment.as_ref(), &container, &mut handed)?;
-        let launch = Launch {
-            program: &program,
-            container: &container,
-            policy: &options.confinement,
-            volumes: &[],
-            attachment: attachment.as_ref(),
-        };
-        let mut vmm = launch.start(Some(&machine), handed)?;
-        let _notice = match ready.wait(vmm.pidfd(), BOOT_LIMIT) {
-            Ok(notice) => notice,
-            Err(error) => return Err(explain(error.into(), &mut vmm, &container)),
-        };
-        Ok(work.take(container.run(), container.writable().as_deref())?)
-    };
-    let taken = attempt();
-    let machine = container.config.machine.clone();
-    container.discard()?;
-    let origin = snapshot::Origin {
-        image: options.image.clone(),
-        image_id: image.config_digest.to_string(),
-        kernel: kernel.name.clone(),
-        main: None,
-        dns: Dns::default(),
-        extra_hosts: Vec::new(),
-    };
-    taken?;
-    Ok(work.finish(&machine, origin)?)
-}
-
-/// What every machine has: a kernel, a console, entropy, and the agent's vsock.
-fn bare_machine(
-    kernel: &Kernel,
-    container: &Container,
-    handed: &mut Handed,
-) -> Result<ConfigFile, RunError> {
-    let initrd = kernel.initrd(&programs::init()?)?;
-    let console = container.path("console.log");
-    let boot_args = "console=hvc0 quiet reboot=t panic=-1 8250.nr_uarts=0 \
-        random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check dummy.numdummies=0";
-    let mut config = ConfigFile::new(BootSource {
-        kernel_image_path: handed.read(&kernel.image).map_err(at(&kernel.image))?,
-        initrd_path: Some(handed.read(&initrd).map_err(at(&initrd))?),
-        boot_args: Some(boot_args.to_owned()),
-    });
-    let uds_path = container.run().join(VSOCK);
-    config.vsock = Some(Vsock { guest_cid: 3, uds_path, vsock_id: None });
-    config.entropy = Some(Entropy::default());
-    let output_path = Some(handed.append(&console).map_err(at(&console))?);
-    // The agent is asked, not the keyboard; and probing one takes a distribution's kernel long.
-    config.console = Some(Console { output_path, serial: false, keyboard: false });
-    Ok(config)
-}
-
-/// What the VMM of a container is started with.
-struct Launch<'a> {
-    program: &'a Path,
-    container: &'a Container,
-    policy: &'a Policy,
-    volumes: &'a [Attached],
-    attachment: Option<&'a Attachment>,
-}
-
-impl Launch<'_> {
-    /// Starts the VMM, which inherits the locks, the network, its sockets and what it was handed.
-    /// Without a machine it waits for one over its API.
-    fn start(&self, machine: Option<&ConfigFile>, mut handed: Handed) -> Result<Vmm, RunError> {
-        let container = self.container;
-        let id = crate::container::short(&container.config.id);
-        let mut description = None;
-        if let Some(machine) = machine {
-            let path = container.path("vm.json");
-            let text = serde_json::to_vec(machine).map_err(io::Error::from).map_err(at(&path))?;
-            std::fs::write(&path, text).map_err(at(&path))?;
-            description = Some(handed.read(&path).map_err(at(&path))?);
-        }
-        let api = handed.give(agent::listen(MachineApi::of(container.run()).socket())?);
-        let vsock = agent::listen(&container.run().join(VSOCK))?;
-        let log_path = container.path("vmm.log");
-        let log = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&log_path)
-            .map_err(at(&log_path))?;
-        let confinement = Confinement::new(self.policy)
-            .map_err(|error| RunError::Machine(format!("a user for the VMM: {error}")))?;
-        if let Some(cgroup) = confinement.cgroup(id) {
-            container.set_cgroup(&cgroup)?;
-        }
-        let shape = &container.config.machine;
-        let share = Share {
-            memory: (shape.memory_mib as u64) << 20,
-            cpus: shape.cpus,
-            file: handed.largest(),
-        };
-        let mut inherited = vec![container.lock().as_raw_fd(), vsock.as_raw_fd()];
-        inherited.extend(confinement.lock());
-        inherited.extend(self.volumes.iter().map(|volume| volume.lock.as_raw_fd()));
-        inherited.extend(self.attachment.map(|attachment| attachment.tap.as_raw_fd()));
-        inherited.extend(handed.numbers());
-        let arguments = |command: &mut std::process::Command| {
-            match &description {
-                Some(path) => command.arg("--config-file").arg(path),
-                None => command.args(["--level", "Warning", "--show-level"]),
-            };
-            command.args(["--id", id]).arg("--api-sock").arg(&api);
-            command.arg("--vsock-fd").arg(vmm::number(&vsock).to_string());
-            if let Some(attachment) = self.attachment {
-                command.arg("--tap-fd").arg(format!("eth0={}", vmm::number(&attachment.tap)));
-            }
-            confinement.arguments(command, container.run(), share);
-        };
-        vmm::start(self.program, arguments, &inherited, log).map_err(|error| match error {
-            vmm::StartError::Program(error) => at(self.program)(error),
-            vmm::StartError::Refused => RunError::Machine(refusal(container)),
-        })
-    }
-}
-
-/// Why a VMM that did not start did not, in its own words.
-fn refusal(container: &Container) -> String {
-    let line = last_line(container, "vmm.log").unwrap_or_default();
-    line.trim_start_matches("vmrun-vmm: ").to_owned()
-}
-
-/// The last line of a container's file that is not empty; of a crash the one that says panic.
-fn last_line(container: &Container, name: &str) -> Option<String> {
-    let bytes = tail(&container.path(name)).unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let panic = lines.iter().find(|line| line.contains("Kernel panic"));
-    panic.or(lines.last()).map(|line| printable(line))
-}
-
-/// Turns a broken conversation into what a user can use: why the VMM ended, in its own words or the
-/// guest kernel's last ones.
-fn explain(error: RunError, vmm: &mut Vmm, container: &Container) -> RunError {
-    let silent = matches!(&error, RunError::Agent(AgentError::Silent));
-    let broken = matches!(
-        &error,
-        RunError::Agent(AgentError::MachineEnded | AgentError::Io(_) | AgentError::Frame(_))
-            | RunError::Restore(ApiError::Socket { .. } | ApiError::Senseless(_))
-    );
-    if !broken && !silent {
-        return error;
-    }
-    if silent {
-        vmm.kill();
-    }
-    // A VMM whose sockets closed is about to end.
-    let Ok(status) = vmm.wait(Duration::from_secs(5)) else { return error };
-    if status.code() == Some(api_server::machine::exit_status::START_FAILED) {
-        return RunError::Machine(refusal(container));
-    }
-    let reason = if silent { error.to_string() } else { vmm::describe(status) };
-    if !silent && status.code().is_none() {
-        return RunError::Ended(match container.was_killed_for_memory() {
-            true => format!("{reason}: it reached the limit of its memory on the host"),
-            false => reason,
-        });
-    }
-    // A guest that crashed before it had a console has said nothing; its VMM knows how it ended.
-    let said = last_line(container, "console.log").map(|line| format!("its console says: {line}"));
-    let said = said
-        .or_else(|| last_line(container, "vmm.log").map(|line| format!("the VMM says: {line}")));
-    RunError::Ended(said.map_or(reason.clone(), |said| format!("{reason}; {said}")))
-}
-
-/// The end of a file that a guest may have filled.
-fn tail(path: &Path) -> io::Result<Vec<u8>> {
-    const LENGTH: u64 = 8192;
-    let mut file = File::open(path)?;
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(LENGTH)))?;
-    let mut bytes = Vec::new();
-    file.take(LENGTH).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-/// Starts a machine without an image and waits until its agent is up: whether machines run here.
-pub fn try_boot(paths: &Paths, kernel: &Kernel, policy: &Policy) -> Result<Duration, RunError> {
-    let program = programs::vmm()?;
-    let memory_mib = 128;
-    let machine = Machine { memory_mib, cpus: 1, ..Machine::default() };
-    let config = Config { remove: true, machine, ..Config::default() };
-    let container = Container::create(paths, config)?;
-    let attempt = || {
-        let ready = Ready::listen(&container.run().join(VSOCK))?;
-        let mut handed = Handed::default();
-        let mut config = bare_machine(kernel, &container, &mut handed)?;
-        config.machine_config =
-            Some(MachineConfig { vcpu_count: 1, mem_size_mib: memory_mib, ..Default::default() });
-        let since = Instant::now();
-        let launch = Launch {
-            program: &program,
-            container: &container,
-            policy,
-            volumes: &[],
-            attachment: None,
-        };
-        let mut vmm = launch.start(Some(&config), handed)?;
-        match ready.wait(vmm.pidfd(), TRIAL_LIMIT) {
-            Ok(_) => Ok(since.elapsed()),
-            Err(error) => Err(explain(error.into(), &mut vmm, &container)),
-        }
-    };
-    let result = attempt();
-    container.discard()?;
-    result
 }
