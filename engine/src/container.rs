@@ -237,7 +237,7 @@ impl Container {
     /// Records its end, and removes what is not to stay.
     pub fn finish(self, exit_code: u8, out_of_memory: bool) -> Result<(), ContainerError> {
         let _ = fs::remove_dir_all(&self.run);
-        remove_cgroup(&self.folder);
+        let _ = remove_cgroup(&self.folder);
         if self.config.remove {
             return self.discard();
         }
@@ -249,8 +249,7 @@ impl Container {
     pub fn discard(self) -> Result<(), ContainerError> {
         let _guard = guard(&self.all)?;
         let _ = fs::remove_dir_all(&self.run);
-        remove_cgroup(&self.folder);
-        fs::remove_dir_all(&self.folder).map_err(at(&self.folder))
+        remove_folder(&self.folder)
     }
 }
 
@@ -274,14 +273,32 @@ fn has_oom_kill(cgroup: impl AsRef<Path>) -> bool {
     counts.filter_map(|count| count.trim().parse::<u64>().ok()).any(|count| count > 0)
 }
 
-/// Removes the cgroup of a VMM that is gone.
-fn remove_cgroup(folder: &Path) {
+/// Removes the cgroup of a VMM that is gone; false where that is still being taken down, which goes
+/// on for a moment after its descriptors are closed.
+fn remove_cgroup(folder: &Path) -> bool {
     let path = folder.join(CGROUP);
-    let Ok(cgroup) = fs::read(&path) else { return };
+    let Ok(cgroup) = fs::read(&path) else { return true };
     // Only an empty one can be removed, so nothing is lost by a wrong one.
-    if fs::remove_dir(OsStr::from_bytes(&cgroup)).is_ok() {
-        let _ = fs::remove_file(&path);
+    match fs::remove_dir(OsStr::from_bytes(&cgroup)) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return false,
+        _ => {}
     }
+    let _ = fs::remove_file(&path);
+    true
+}
+
+/// Removes a container's folder. Of one whose cgroup cannot go yet, that cgroup's path stays for
+/// whoever clears up next, in a folder that is no container's any more.
+fn remove_folder(folder: &Path) -> Result<(), ContainerError> {
+    if remove_cgroup(folder) {
+        return fs::remove_dir_all(folder).map_err(at(folder));
+    }
+    for entry in fs::read_dir(folder).map_err(at(folder))?.flatten() {
+        if entry.file_name() != CGROUP {
+            fs::remove_file(entry.path()).map_err(at(&entry.path()))?;
+        }
+    }
+    Ok(())
 }
 
 fn random_id() -> Result<String, ContainerError> {
@@ -365,7 +382,7 @@ fn reap_one(paths: &Paths, id: &str, folder: &Path) -> Result<Option<Listed>, Co
     };
     if !running {
         let _ = fs::remove_dir_all(run_folder(paths, id));
-        remove_cgroup(folder);
+        let _ = remove_cgroup(folder);
     }
     match config {
         Some(config) if running || !config.remove => {
@@ -373,7 +390,7 @@ fn reap_one(paths: &Paths, id: &str, folder: &Path) -> Result<Option<Listed>, Co
             Ok(Some(Listed { config, running, status }))
         }
         None if running => Ok(None),
-        _ => fs::remove_dir_all(folder).map_err(at(folder)).map(|()| None),
+        _ => remove_folder(folder).map(|()| None),
     }
 }
 
@@ -438,7 +455,7 @@ pub fn remove(paths: &Paths, wanted: &str) -> Result<(), ContainerError> {
         return Err(ContainerError::Running(found.config.name));
     }
     let folder = all.join(&found.config.id);
-    fs::remove_dir_all(&folder).map_err(at(&folder))
+    remove_folder(&folder)
 }
 
 /// Ids of the images that containers were made of.
@@ -506,6 +523,24 @@ mod tests {
         assert_eq!(list(&paths).unwrap().len(), 1);
         next.finish(0, false).unwrap();
         assert_eq!(fs::read_dir(paths.containers()).unwrap().count(), 1, "only the lock stays");
+    }
+
+    /// docs/hostile.md 27: a VMM that was killed, and whose cgroup has it for a moment more.
+    #[test]
+    fn hostile_27_a_cgroup_that_cannot_go_yet_is_removed_later() {
+        let (folder, paths) = Paths::temporary();
+        let container = Container::create(&paths, config("gone", true)).unwrap();
+        // The root of all files is always in use.
+        container.set_cgroup(Path::new("/")).unwrap();
+        let left = container.folder.clone();
+        drop(container);
+        assert!(list(&paths).unwrap().is_empty());
+        assert_eq!(fs::read_dir(&left).unwrap().count(), 1);
+        let cgroup = folder.path().join("cgroup");
+        fs::create_dir(&cgroup).unwrap();
+        fs::write(left.join(CGROUP), cgroup.as_os_str().as_bytes()).unwrap();
+        assert!(list(&paths).unwrap().is_empty());
+        assert!(!cgroup.exists() && !left.exists());
     }
 
     /// docs/hostile.md 26, 27: a description lost with the power, and folders of others.
