@@ -27,6 +27,8 @@ pub struct Policy {
     /// The cgroup below which each VMM gets one, instead of `vmrun`; without a slash in front it
     /// begins, for others than root, at the cgroup above the caller's own.
     pub cgroup_parent: Option<PathBuf>,
+    /// No other process shares a processor core with a VMM.
+    pub core_scheduling: bool,
 }
 
 /// What a machine may use.
@@ -46,6 +48,7 @@ pub struct Confinement {
     user: Option<User>,
     parent: PathBuf,
     unconfined: Vec<Step>,
+    core_scheduling: bool,
 }
 
 impl Confinement {
@@ -56,6 +59,7 @@ impl Confinement {
             user: root.then(User::take).transpose()?,
             parent: policy.cgroup_parent.clone().unwrap_or_else(|| "vmrun".into()),
             unconfined: policy.unconfined.clone(),
+            core_scheduling: policy.core_scheduling,
         })
     }
 
@@ -84,6 +88,9 @@ impl Confinement {
             command.args(["--unconfined", step.name()]);
         }
         command.arg("--parent-cgroup").arg(&self.parent);
+        if self.core_scheduling {
+            command.arg("--core-scheduling");
+        }
         let cpus = u64::from(share.cpus);
         let memory = share.memory + share.memory / 256 + OVERHEAD;
         // Half a processor for the devices, so that the guest's own are not held up by them.
@@ -106,8 +113,12 @@ mod tests {
 
     #[test]
     fn a_machine_gets_what_it_was_promised_and_a_little_more() {
-        let confinement =
-            Confinement { user: None, parent: "vmrun".into(), unconfined: vec![Step::Landlock] };
+        let confinement = Confinement {
+            user: None,
+            parent: "vmrun".into(),
+            unconfined: vec![Step::Landlock],
+            core_scheduling: true,
+        };
         let mut command = Command::new("x");
         let share = Share { memory: 128 << 20, cpus: 2, file: 1 << 30 };
         confinement.arguments(&mut command, Path::new("/run/x"), share);
@@ -118,6 +129,7 @@ mod tests {
             "cpu.max=250000 100000",
             "fsize=1140850688",
             "landlock",
+            "--core-scheduling",
         ] {
             assert!(arguments.contains(&expected), "{expected}: {arguments:?}");
         }

@@ -74,6 +74,9 @@ fn run_arguments(
     if let Some(parent) = &arguments.confinement.cgroup_parent {
         words.extend(["--cgroup-parent".into(), parent.into()]);
     }
+    if arguments.confinement.core_scheduling {
+        words.push("--core-scheduling".into());
+    }
     for env in &arguments.env {
         words.extend(["--env".into(), env.into()]);
     }

@@ -107,12 +107,19 @@ pub struct ConfinementArguments {
     /// above the caller's own [default: vmrun]
     #[arg(long, value_name = "PATH", env = "VMRUN_CGROUP_PARENT")]
     pub cgroup_parent: Option<PathBuf>,
+    /// Let no other process share a processor core with the VMM, which could listen in
+    #[arg(long, env = "VMRUN_CORE_SCHEDULING")]
+    pub core_scheduling: bool,
 }
 
 impl ConfinementArguments {
     /// As the engine has it.
     pub fn policy(&self) -> Policy {
-        Policy { unconfined: self.unconfined.clone(), cgroup_parent: self.cgroup_parent.clone() }
+        Policy {
+            unconfined: self.unconfined.clone(),
+            cgroup_parent: self.cgroup_parent.clone(),
+            core_scheduling: self.core_scheduling,
+        }
     }
 }
 
