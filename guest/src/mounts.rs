@@ -94,7 +94,9 @@ fn mount_root(root: &Root) -> Result<(), SetupError> {
     match &root.writable {
         Writable::Device(device) => {
             devices::wait_for_block(device)?;
-            let options = Some("noauto_da_alloc");
+            // Where the host's file cannot grow and the file system breaks, the machine ends: a kernel
+            // that goes on keeps programs waiting for pages that nobody can write any more.
+            let options = Some("noauto_da_alloc,errors=panic");
             mount(Some(device.as_str()), UPPER, Some("ext4"), MsFlags::MS_NOATIME, options)
                 .context(|| format!("cannot mount the writable layer from {device}"))?;
         }

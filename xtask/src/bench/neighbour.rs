@@ -43,7 +43,14 @@ const ATTACKS: [(&str, Attacker); 6] = [
     ("garbage in queues", Attacker::Kernel("queues")),
     ("garbage in registers", Attacker::Kernel("registers")),
     ("floods of frames and connections", Attacker::Kernel("flood")),
-    ("a fork bomb", Attacker::Script("bomb() { bomb | bomb & }; bomb; while :; do sleep 1; done")),
+    (
+        "a fork bomb",
+        // Where memory is short, it goes first, and not the process that keeps the machine going.
+        Attacker::Script(
+            "(echo 1000 >/proc/self/oom_score_adj; bomb() { bomb | bomb & }; bomb) &
+            while :; do sleep 1; done",
+        ),
+    ),
     (
         "a disk that is filled",
         Attacker::Script("while :; do dd if=/dev/zero of=/fill bs=64k; rm /fill; done"),
