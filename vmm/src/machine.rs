@@ -702,7 +702,7 @@ fn pci_slots(saved: &MachineState) -> HashMap<(u32, String), u8> {
 
 /// Refuses one file behind two drives unless both only read it: two writers, or a writer behind the
 /// back of a reader's cache, ruin a file system.
-fn check_sharing(drives: &[Drive]) -> Result<(), StartError> {
+pub(crate) fn check_sharing(drives: &[Drive]) -> Result<(), StartError> {
     let mut seen: Vec<(u64, u64, &Drive)> = Vec::new();
     for drive in drives {
         // What cannot be looked at cannot be opened either, and is refused then.
