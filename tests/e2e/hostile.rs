@@ -1,5 +1,7 @@
 //! Guests that attack: what is left of their monitor, and of a neighbour that was there before.
 
+mod output;
+
 use e2e::api::Vmm;
 use e2e::attacker::Attack;
 use e2e::{Running, Session, guest};
