@@ -1,7 +1,10 @@
 //! The API socket, driven as an orchestrator does: every operation, before and after the guest's
 //! start, right and wrong.
 
+mod files;
 mod keyboard;
+mod limits;
+mod moments;
 mod outputs;
 mod pages;
 

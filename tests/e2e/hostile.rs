@@ -1,5 +1,7 @@
 //! Guests that attack: what is left of their monitor, and of a neighbour that was there before.
 
+mod output;
+
 use e2e::api::Vmm;
 use e2e::attacker::Attack;
 use e2e::{Running, Session, guest};
@@ -91,6 +93,65 @@ fn hostile_1_to_8_and_10_to_13_drivers_lie_about_everything() {
     neighbour.end();
 }
 
+/// The number before this word.
+fn number(said: &str, word: &str) -> u64 {
+    let before = said.split(word).next().and_then(|before| before.trim_end().rsplit(' ').next());
+    let line = before.and_then(|text| text.rsplit('\n').next());
+    line.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("no {word}: {said}"))
+}
+
+/// docs/hostile.md 9: BARs over memory, interrupt controllers, each other and nothing, and back.
+#[test]
+fn hostile_9_bars_are_moved_onto_everything() {
+    let mut attack = Attack::start("bars", "attack=bars seed=3", true);
+    let said = attack.wait();
+    assert!(said.contains("10 of 10 devices serve"), "{said}");
+    assert!(number(&said, "moves") > 200, "{said}");
+    attack.check();
+    attack.end(Some(Signal::SIGTERM), 143);
+}
+
+/// docs/hostile.md 6: rings, tables and requests that another processor writes while devices are at
+/// them; and 7: notifications from all processors, as long as it takes to see what it costs others.
+#[test]
+fn hostile_6_and_7_two_processors_attack_at_once() {
+    let mut neighbour = Neighbour::start();
+    for pci in [false, true] {
+        let orders = "attack=together seed=5 rounds=12 second";
+        let mut attack = Attack::start("together", orders, pci);
+        let said = attack.wait();
+        attack.check();
+        let devices = devices(&said);
+        let mut kinds: Vec<_> = devices.iter().map(|numbers| numbers[0]).collect();
+        kinds.sort_unstable();
+        // All but the balloon.
+        assert_eq!(kinds, [1, 2, 2, 2, 3, 4, 19, 24, 27], "{said}");
+        for [_, chains, used, broken] in devices {
+            // The attack has got in, beside what was carried out.
+            assert!(chains > 10 && used > 3 && broken > 0, "{said}");
+        }
+        assert!(number(&said, "writes beside") > 1000, "{said}");
+        neighbour.check();
+        attack.end(Some(Signal::SIGTERM), 143);
+    }
+
+    let orders = "attack=storm seed=1 rounds=200000000 second";
+    let mut attack = Attack::start("storms", orders, false);
+    attack.vmm.process.wait_for("two processors notify\n");
+    // It goes on and gets no more than its share; the API has its turn in that, the neighbour beside.
+    let mut before = attack.processor_time();
+    for _ in 0..2 {
+        neighbour.check();
+        attack.check();
+        let now = attack.processor_time();
+        assert!(now > before, "{now} us");
+        before = now;
+    }
+    assert!(!attack.vmm.process.stdout().contains("attack over"));
+    attack.end(Some(Signal::SIGTERM), 143);
+    neighbour.end();
+}
+
 /// docs/hostile.md 7: notifications as fast as a processor makes them; 11 and 12: floods of frames and
 /// connections. While they last, not only after.
 #[test]
@@ -125,12 +186,18 @@ fn hostile_14_ports_and_processor_registers_are_hammered() {
         ("ports", "attack=ports seed=1"),
         ("msrs", "attack=msrs seed=1 rounds=3000"),
         ("tables", "attack=tables seed=1"),
-        // Interrupts off, for ever.
+        // Interrupts off, for ever: without a step, and without a pause.
         ("halt", "attack=halt"),
         ("spin", "attack=spin"),
     ] {
         let mut attack = Attack::start(name, orders, false);
-        attack.wait();
+        let said = attack.wait();
+        match name {
+            // Most registers are none, and what touches one is told so; then all of the tables.
+            "msrs" => assert!(number(&said, "faults") > 1000, "{said}"),
+            "tables" => assert_eq!(number(&said, "words of tables"), 16384, "{said}"),
+            _ => {}
+        }
         attack.check();
         neighbour.check();
         attack.end(Some(Signal::SIGTERM), 143);

@@ -179,6 +179,40 @@ fn tags_are_names_and_removal_frees_what_nothing_uses() {
     assert_eq!(blobs(&session.root().join("images/blobs/sha256")), 0);
 }
 
+/// docs/hostile.md 20: a working directory that is not there is made, as Docker does; one that cannot be
+/// is named.
+#[test]
+fn hostile_20_a_working_directory_that_is_not_there_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let layout = folder.path().join("layout");
+    let policy = e2e::images::assets().join("policy.json");
+    let from = format!("oci-archive:{}", e2e::images::archive("base").display());
+    let image = format!("oci:{}:x", layout.display());
+    let mut skopeo = Command::new("skopeo");
+    skopeo.arg("--policy").arg(policy).args(["copy", "--quiet", &from, &image]);
+    Running::start(&mut skopeo).finish().exits(0);
+    let set = |cwd: &str| {
+        let mut umoci = Command::new("umoci");
+        umoci.args(["config", "--image", image.strip_prefix("oci:").unwrap()]);
+        Running::start(umoci.args(["--config.workingdir", cwd])).finish().exits(0);
+    };
+    let session = Session::prepared();
+    let run = |options: &[&str], script: &str| {
+        let program = ["--pull", "always", "--network", "none", &image, "sh", "-c", script];
+        session.run(options.iter().chain(&program))
+    };
+    set("/not/there/yet");
+    run(&[], "pwd; echo made >file; cat file").exits(0).prints("/not/there/yet\nmade\n");
+    run(&["--read-only"], "pwd").exits(0).prints("/not/there/yet\n");
+    // A file is in the way of one; another is nowhere.
+    for (cwd, why) in [("/etc/passwd/below", "directory"), ("not/absolute", "absolute path")] {
+        set(cwd);
+        // Beside what is said of the pull.
+        let said = run(&[], "true").exits(125).err();
+        assert!(said.contains(cwd) && said.contains(why), "{said}");
+    }
+}
+
 #[test]
 fn what_is_not_an_image_is_refused_by_name() {
     let session = Session::empty();

@@ -1,5 +1,6 @@
 //! Machines that are put into files and taken out again, under load.
 
+mod foreign;
 mod stream;
 
 use std::fs::{self, File};

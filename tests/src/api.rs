@@ -1,5 +1,7 @@
 //! `vmrun-vmm` under its API, by way of a real HTTP client.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -60,6 +62,30 @@ impl Vmm {
             panic!("{method} {path}: {}", String::from_utf8_lossy(&output.stderr))
         });
         (code.parse().unwrap(), body.to_owned())
+    }
+
+    /// The same of a monitor that may be about to end, with the answer as text: none where it has ended,
+    /// or has not had the time to answer. It is not waited for any longer than an answer may take.
+    pub fn ask_the_dying(&self, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
+        let mut stream = UnixStream::connect(&self.socket).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(100))).unwrap();
+        let length = body.len();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        );
+        stream.write_all(request.as_bytes()).ok()?;
+        let mut answer = Vec::new();
+        if let Err(error) = stream.read_to_end(&mut answer) {
+            assert_eq!(
+                error.kind(),
+                std::io::ErrorKind::ConnectionReset,
+                "{method} {path}: no end"
+            );
+        }
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        let code = answer.split(' ').nth(1)?.parse().ok()?;
+        Some((code, answer))
     }
 
     /// Asks for what must be done.

@@ -37,6 +37,11 @@ pub struct Attack {
     since: Instant,
 }
 
+/// What the orders need.
+fn processors(orders: &str) -> u32 {
+    if orders.split(' ').any(|word| word == "second") { 2 } else { 1 }
+}
+
 /// A network namespace with a TAP in it, and the folder that is the monitor's root.
 fn prepare(name: &str, root: &Path, orders: &str) {
     let run = |command: &str| {
@@ -50,7 +55,7 @@ fn prepare(name: &str, root: &Path, orders: &str) {
     // As udev has it. Whose TAP it is decides who may use one.
     fs::set_permissions("/dev/net/tun", fs::Permissions::from_mode(0o666)).unwrap();
     fs::create_dir_all(root).unwrap();
-    fs::copy(crate::images::assets().join("attacker"), root.join("attacker")).unwrap();
+    fs::copy(crate::guest::attacker(), root.join("attacker")).unwrap();
     for (file, mib) in [("disk", 1), ("other", 1), ("read_only", 1), ("memory", 4)] {
         fs::File::create(root.join(file)).unwrap().set_len(mib << 20).unwrap();
     }
@@ -65,7 +70,7 @@ fn prepare(name: &str, root: &Path, orders: &str) {
     };
     let config = json!({
         "boot-source": { "kernel_image_path": "attacker", "boot_args": orders },
-        "machine-config": { "vcpu_count": 1, "mem_size_mib": GUEST },
+        "machine-config": { "vcpu_count": processors(orders), "mem_size_mib": GUEST },
         "drives": [
             drive("disk", false, "Sync"), drive("other", false, "Async"),
             drive("read_only", true, "Sync"),
@@ -139,6 +144,11 @@ impl Attack {
         line.unwrap_or_else(|| panic!("no {name}: {text}")).parse().unwrap()
     }
 
+    /// Microseconds of processor time that the machine has had, guest and monitor together.
+    pub fn processor_time(&self) -> u64 {
+        self.counter("cpu.stat", "usage_usec")
+    }
+
     /// What must be true at any moment: the API answers, the guest can be made to stand still and to
     /// go on, and no limit was passed.
     pub fn check(&self) {
@@ -155,7 +165,7 @@ impl Attack {
         let own: u64 = own.trim().trim_end_matches(" kB").parse().unwrap();
         assert!(own < OVERHEAD << 10, "{own} KiB of its own");
         // Processor time: no more than its share of all periods there were, each begun one counted.
-        let used = self.counter("cpu.stat", "usage_usec");
+        let used = self.processor_time();
         let periods = self.since.elapsed().as_micros() as u64 / CPU.1 + 2;
         assert!(used <= periods * CPU.0, "{used} us in {periods} periods");
         let messages = fs::metadata(self.root().join("log")).unwrap().len();

@@ -56,6 +56,11 @@ pub fn add_stream(tree: &Path) {
     fs::copy(program, tree.join("bin/guest-stream")).unwrap();
 }
 
+/// A kernel that does what its command line says and needs nothing else (`tests/attacker`).
+pub fn attacker() -> PathBuf {
+    crate::images::assets().join("attacker")
+}
+
 /// An ELF kernel: what `vmrun kernel import` made of whichever it was given.
 pub fn kernel() -> PathBuf {
     let kernels = fs::read_dir(crate::images::assets().join("root/kernels")).unwrap();

@@ -306,6 +306,13 @@ impl Controller {
         let missing = || refused(format!("drive {id}: there is no such drive"));
         let device = self.running()?.devices.drives.get(id).cloned().ok_or_else(missing)?;
         let drives = &mut self.description.drives;
+        if let Some(path) = &change.path_on_host {
+            let mut changed = drives.clone();
+            if let Some(drive) = changed.iter_mut().find(|drive| drive.drive_id == *id) {
+                drive.path_on_host = Some(path.clone());
+            }
+            machine::check_sharing(&changed).map_err(refused)?;
+        }
         let drive = drives.iter_mut().find(|drive| drive.drive_id == *id).ok_or_else(missing)?;
         let mut device = lock(&device);
         if let Some(path) = change.path_on_host {

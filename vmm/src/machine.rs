@@ -4,6 +4,7 @@
 #![allow(unsafe_code, reason = "takes over a descriptor as KVM's")]
 
 mod hotplug;
+mod processors;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -17,13 +18,12 @@ use std::time::Instant;
 
 use api_server::machine::config_file::ConfigFile;
 use api_server::machine::{
-    BootSource, CacheType, CpuConfig, Drive, IoEngine, MachineConfig, MemoryHotplug, MmdsConfig,
+    BootSource, CacheType, Drive, IoEngine, MachineConfig, MemoryHotplug, MmdsConfig,
     NetworkInterface,
 };
 use arch::acpi::{self, GenerationId, Platform};
-use arch::boot::{self, Entry, LoadedKernel};
-use arch::cpuid::{self, Topology};
-use arch::{layout, registers};
+use arch::boot::{self, LoadedKernel};
+use arch::layout;
 use devices::GuestMemory;
 use devices::bus::Bus;
 use devices::host_file::{self, Access};
@@ -38,9 +38,10 @@ use devices::virtio::net::{Net, NetOptions, Tap};
 use devices::virtio::pmem::Pmem;
 use devices::virtio::rng::{Rng, RngOptions};
 use devices::virtio::vsock::Vsock as VsockDevice;
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs};
+use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use mmds::Mmds;
+use processors::VcpuPlan;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::device_manager::{DeviceManager, Subscriber, VirtioSlot};
@@ -186,8 +187,8 @@ pub fn boot(description: &ConfigFile, handed: Handed) -> Result<Running, StartEr
     cpu_template::check_capabilities(&parts.kvm, &template)?;
     let vcpus = (0..config.vcpu_count)
         .map(|id| {
-            let plan = VcpuPlan { id, config: &config, template: &template, entry: &kernel.entry };
-            make_vcpu(&parts.vm, &plan, &supported, &memory)
+            let plan = VcpuPlan { id, config: &config, template: &template };
+            processors::make(&parts.vm, &plan, &supported, &kernel.entry, &memory)
         })
         .collect::<Result<Vec<_>, _>>()?;
     let running = parts.finish(memory, vcpus, config.track_dirty_pages)?;
@@ -217,12 +218,15 @@ pub fn restore(
         .kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(StartError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    let template = state.description.cpu_config.clone().unwrap_or_default();
     state.vm.restore_irqchips(&parts.vm)?;
     let vcpus = (0..)
         .zip(&state.vcpus)
         .map(|(id, state)| {
-            state.check_vendor(&supported)?;
-            let vcpu = parts.vm.create_vcpu(id).map_err(StartError::kvm("KVM_CREATE_VCPU"))?;
+            let plan = VcpuPlan { id, config: &config, template: &template };
+            state.check(&plan.leaves(&supported)?)?;
+            let vcpu =
+                parts.vm.create_vcpu(id.into()).map_err(StartError::kvm("KVM_CREATE_VCPU"))?;
             state.restore(&vcpu)?;
             Ok(vcpu)
         })
@@ -702,7 +706,7 @@ fn pci_slots(saved: &MachineState) -> HashMap<(u32, String), u8> {
 
 /// Refuses one file behind two drives unless both only read it: two writers, or a writer behind the
 /// back of a reader's cache, ruin a file system.
-fn check_sharing(drives: &[Drive]) -> Result<(), StartError> {
+pub(crate) fn check_sharing(drives: &[Drive]) -> Result<(), StartError> {
     let mut seen: Vec<(u64, u64, &Drive)> = Vec::new();
     for drive in drives {
         // What cannot be looked at cannot be opened either, and is refused then.
@@ -774,48 +778,6 @@ fn load(
     boot::write_parameters(memory, &kernel, initramfs, &command_line, rsdp)
         .map_err(failed(path))?;
     Ok(kernel)
-}
-
-/// What a processor is to be.
-struct VcpuPlan<'a> {
-    id: u8,
-    config: &'a MachineConfig,
-    template: &'a CpuConfig,
-    entry: &'a Entry,
-}
-
-fn make_vcpu(
-    vm: &VmFd,
-    plan: &VcpuPlan,
-    supported: &CpuId,
-    memory: &GuestMemory,
-) -> Result<VcpuFd, StartError> {
-    let VcpuPlan { id, config, template, entry } = *plan;
-    let vcpu = vm.create_vcpu(id.into()).map_err(StartError::kvm("KVM_CREATE_VCPU"))?;
-    let threads_per_core = if config.smt && config.vcpu_count > 1 { 2 } else { 1 };
-    let topology = Topology { vcpus: config.vcpu_count, threads_per_core };
-    let mut leaves = cpuid::of_vcpu(supported, id, topology)?;
-    cpu_template::modify_cpuid(&mut leaves, template)?;
-    vcpu.set_cpuid2(&leaves).map_err(StartError::kvm("KVM_SET_CPUID2"))?;
-    cpu_template::modify_msrs(&vcpu, template)?;
-    // The others wait for the boot processor's INIT and SIPI in the state KVM made them in.
-    if id != 0 {
-        return Ok(vcpu);
-    }
-    let msrs = registers::model_specific();
-    let wanted = msrs.len();
-    let msrs = Msrs::from_entries(&msrs).map_err(StartError::device("MSRs"))?;
-    let set = vcpu.set_msrs(&msrs).map_err(StartError::kvm("KVM_SET_MSRS"))?;
-    if set != wanted {
-        let index = msrs.as_slice().get(set).map_or(0, |entry| entry.index);
-        tracing::debug!("KVM does not take MSR {index:#x}");
-    }
-    vcpu.set_fpu(&registers::floating_point()).map_err(StartError::kvm("KVM_SET_FPU"))?;
-    let mut special = vcpu.get_sregs().map_err(StartError::kvm("KVM_GET_SREGS"))?;
-    registers::special(memory, entry, &mut special)?;
-    vcpu.set_sregs(&special).map_err(StartError::kvm("KVM_SET_SREGS"))?;
-    vcpu.set_regs(&registers::general(entry)).map_err(StartError::kvm("KVM_SET_REGS"))?;
-    Ok(vcpu)
 }
 
 /// Where the serial port writes; above its limit bytes are dropped.

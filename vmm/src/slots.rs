@@ -33,8 +33,12 @@ pub fn set_ram(vm: &VmFd, ram: &GuestMemory) -> Result<(), StartError> {
         // SAFETY: the range is a mapping of guest memory that lives as long as `ram`, which every
         // vCPU's thread holds for the rest of the process (a machine need not have a device that
         // would); slots do not overlap, and are not changed.
-        unsafe { vm.set_user_memory_region(slot) }
-            .map_err(StartError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
+        unsafe { vm.set_user_memory_region(slot) }.map_err(|error| {
+            let bytes: u64 = ram.iter().map(GuestMemoryRegion::len).sum();
+            // More than KVM has room for, or a processor has addresses for.
+            let reason = format!("KVM: KVM_SET_USER_MEMORY_REGION: {error}");
+            StartError::Memory { mib: (bytes >> 20) as usize, reason }
+        })?;
     }
     Ok(())
 }

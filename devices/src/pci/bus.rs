@@ -47,9 +47,12 @@ pub trait BarSink: Send + Sync {
 /// A function cannot be put on the bus.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum InsertError {
-    /// The slot is taken or not there; or, where any would do, all are taken.
+    /// The slot is taken or not there.
     #[error("no such PCI slot, or it is taken")]
     Slot,
+    /// Any slot would do, and all are taken.
+    #[error("too many devices: the PCI bus has slots for {}", SLOTS - 1)]
+    Full,
     /// No window has room for a BAR of the function.
     #[error("no room for a PCI BAR of {0:#x} bytes")]
     Memory(u64),
@@ -114,7 +117,8 @@ impl PciBus {
     ) -> Result<u8, InsertError> {
         let mut free = (0..SLOTS).zip(&self.functions).filter(|(_, function)| function.is_none());
         let found = free.find(|(free, _)| slot.is_none_or(|slot| slot == *free));
-        let slot = found.ok_or(InsertError::Slot)?.0;
+        let none = || if slot.is_some() { InsertError::Slot } else { InsertError::Full };
+        let slot = found.ok_or_else(none)?.0;
         let mut taken = self.taken();
         let mut locked = lock(&function);
         let bars: Vec<_> = locked.configuration().bars().collect();
@@ -433,7 +437,7 @@ pub(crate) mod tests {
                                 let at = lock(&function).configuration().bars().next().unwrap().1;
                                 prop_assert_eq!((Some(at.start), at.end - at.start), (lowest, size));
                             }
-                            Err(InsertError::Slot) => {
+                            Err(InsertError::Full) => {
                                 prop_assert!(bus.functions.iter().all(Option::is_some));
                             }
                             Err(error) => prop_assert!(false, "{}", error),
@@ -479,7 +483,7 @@ pub(crate) mod tests {
         for slot in 2..31 {
             assert_eq!(guest.insert(function(&[])), Ok(slot));
         }
-        assert_eq!(guest.insert(function(&[])), Err(InsertError::Slot));
+        assert_eq!(guest.insert(function(&[])), Err(InsertError::Full));
     }
 
     #[test]

@@ -1,5 +1,5 @@
 # From the entry by PVH (32 bits, no paging, ebx has the start info) to `main` in 64 bits, with the
-# first 64 GiB mapped to themselves.
+# first 64 GiB mapped to themselves; and the second processor's way from real mode to `second`.
 
 .section .note.pvh, "a", @note
     .p2align 2
@@ -39,7 +39,10 @@ entry:
     incl %ecx
     cmpl $32768, %ecx
     jb 2b
+    movl $main, %esi
 
+# Both processors: the stack in esp, what to call in esi, its argument in edi.
+paged:
     movl $top_table, %eax
     movl %eax, %cr3
     movl %cr4, %eax
@@ -50,7 +53,7 @@ entry:
     orl $0x100, %eax
     wrmsr
     movl %cr0, %eax
-    andl $~4, %eax              # not EM
+    andl $~0x60000004, %eax     # not CD, NW, EM
     orl $0x80000002, %eax       # PG, MP
     movl %eax, %cr0
     lgdt gdt_pointer
@@ -63,12 +66,26 @@ long_mode:
     movl %eax, %es
     movl %eax, %ss
     lidt idt_pointer
+    # Their upper halves are anything.
     movl %edi, %edi
-    movl $stack_end, %esp
-    call main
+    movl %esi, %esi
+    movl %esp, %esp
+    call *%rsi
 3:  cli
     hlt
     jmp 3b
+
+.code32
+second_protected:
+    movl $16, %eax
+    movl %eax, %ds
+    movl %eax, %es
+    movl %eax, %ss
+    movl $second_stack_end, %esp
+    xorl %edi, %edi
+    movl $second, %esi
+    jmp paged
+.code64
 
 # A general protection fault is of an instruction of two bytes (rdmsr, wrmsr): the next one is due.
 .global protection_fault
@@ -81,9 +98,9 @@ protection_fault:
 .section .data
 .p2align 4
 gdt:
-    .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff
+    .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00cf9b000000ffff
 gdt_pointer:
-    .word 23
+    .word 31
     .quad gdt
 idt_pointer:
     .word 14 * 16 - 1
@@ -91,6 +108,25 @@ idt_pointer:
 .global faults
 faults:
     .long 0
+
+# Copied to a page that real mode reaches, which a processor begins at with cs as the page says.
+.section .rodata
+.code16
+.global trampoline, trampoline_end
+trampoline:
+    cli
+    movw %cs, %ax
+    movw %ax, %ds
+    lgdtl trampoline_gdt - trampoline
+    movl %cr0, %eax
+    orl $1, %eax                # PE
+    movl %eax, %cr0
+    ljmpl $24, $second_protected
+trampoline_gdt:
+    .word 31
+    .long gdt
+trampoline_end:
+.code64
 
 .section .bss
 .p2align 12
@@ -101,3 +137,5 @@ directories: .skip 64 * 4096
 idt: .skip 4096
     .skip 65536
 stack_end:
+    .skip 65536
+second_stack_end:

@@ -9,6 +9,8 @@ global_asm!(include_str!("boot.s"), options(att_syntax));
 const CONSOLE: u16 = 0x3f8;
 /// Memory from here on is for rings, buffers and whatever devices write; this kernel is below.
 pub const SCRATCH: u64 = 16 << 20;
+/// The local APIC, which is in KVM.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// All that the page tables map.
 pub const MAPPED: u64 = 64 << 30;
 
@@ -131,6 +133,8 @@ pub fn msr_write(index: u32, value: u64) {
 unsafe extern "C" {
     static mut idt: [u64; 512];
     static faults: u32;
+    static trampoline: u8;
+    static trampoline_end: u8;
     fn protection_fault();
 }
 
@@ -138,6 +142,29 @@ unsafe extern "C" {
 pub fn fault_count() -> u32 {
     // SAFETY: only the handler writes it, between two instructions of this program.
     unsafe { (&raw const faults).read_volatile() }
+}
+
+/// Starts the second processor, in `second`, by an INIT and a startup interrupt (Intel SDM, volume 3,
+/// 9.4.4).
+pub fn start_second_processor() {
+    /// Between the boot stack and the command line: free, and in reach of real mode.
+    const PAGE: u64 = 0x1_0000;
+    const SPURIOUS_VECTOR: u64 = LOCAL_APIC + 0xf0;
+    const INTERRUPT_COMMAND: u64 = LOCAL_APIC + 0x300;
+    const DESTINATION: u64 = LOCAL_APIC + 0x310;
+    const INIT: u64 = 0x4500;
+    const STARTUP: u64 = 0x4600;
+    let start = (&raw const trampoline) as u64;
+    let end = (&raw const trampoline_end) as u64;
+    for at in start..end {
+        write(PAGE + at - start, 1, read(at, 1));
+    }
+    // Enabled: KVM looks for others' APICs when it is.
+    write(SPURIOUS_VECTOR, 4, 0x1ff);
+    for command in [INIT, STARTUP | PAGE >> 12] {
+        write(DESTINATION, 4, 1 << 24);
+        write(INTERRUPT_COMMAND, 4, command);
+    }
 }
 
 /// Has protection faults passed over.

@@ -1,15 +1,18 @@
 //! A guest that attacks its monitor, in one of the ways that its command line names:
-//! `attack=NAME seed=N rounds=N [pci]`. What it says on the serial port ends with `attack over`; then
+//! `attack=NAME seed=N rounds=N [pci] [second]`. What it says on the serial port ends with `attack over`; then
 //! the processor halts for ever, unless the attack is how to end.
 
 #![no_std]
 #![no_main]
 
+mod bars;
+mod driver;
 mod machine;
 mod ports;
 mod queues;
 mod random;
 mod registers;
+mod second;
 mod transport;
 
 use machine::{read, say};
@@ -21,6 +24,8 @@ struct Orders<'a> {
     seed: u64,
     rounds: u64,
     pci: bool,
+    /// There is a second processor.
+    second: bool,
     /// First address past the memory below the hole.
     end: u64,
 }
@@ -35,8 +40,10 @@ extern "C" fn main(start_info: u64) -> ! {
     match orders.attack {
         b"registers" => registers::attack(&orders, random),
         b"queues" => queues::attack(&orders, random),
+        b"together" => queues::together(&orders, random),
         b"flood" => queues::flood(&orders, random),
         b"storm" => queues::storm(&orders),
+        b"bars" => bars::attack(&orders, random),
         b"ports" => ports::attack(random),
         b"msrs" => ports::model_specific(&orders, random),
         b"tables" => registers::firmware(random),
@@ -77,6 +84,7 @@ fn orders(start_info: u64, line: &mut [u8; 512]) -> Orders<'_> {
         seed: 1,
         rounds: 1,
         pci: false,
+        second: false,
         end: ends.max().unwrap_or(machine::SCRATCH),
     };
     for word in line[..length].split(|byte| *byte == b' ') {
@@ -88,6 +96,7 @@ fn orders(start_info: u64, line: &mut [u8; 512]) -> Orders<'_> {
             [b's', b'e', b'e', b'd', b'=', text @ ..] => orders.seed = number(text),
             [b'r', b'o', b'u', b'n', b'd', b's', b'=', text @ ..] => orders.rounds = number(text),
             b"pci" => orders.pci = true,
+            b"second" => orders.second = true,
             _ => {}
         }
     }

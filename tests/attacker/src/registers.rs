@@ -6,8 +6,8 @@ use crate::random::Random;
 use crate::transport::{ECAM, ECAM_SIZE, MOST, WINDOW, WINDOWS, devices};
 
 /// The window of BARs below 4 GiB.
-const BARS: u64 = 0xe100_0000;
-const BARS_SIZE: u64 = 0xf00_0000;
+pub const BARS: u64 = 0xe100_0000;
+pub const BARS_SIZE: u64 = 0xf00_0000;
 
 /// Accesses of all sizes, aligned and not, in all windows, across their ends and beside them.
 pub fn attack(orders: &Orders<'_>, random: &mut Random) {
@@ -58,7 +58,11 @@ fn elsewhere(orders: &Orders<'_>, random: &mut Random) -> u64 {
 
 /// Garbage over the tables that firmware would have made.
 pub fn firmware(random: &mut Random) {
+    let mut landed = 0;
     for address in (0xe_0000..0x10_0000).step_by(8) {
-        write(address, 8, random.next());
+        let value = random.next();
+        write(address, 8, value);
+        landed += u64::from(read(address, 8) == value);
     }
+    say(format_args!("{landed} words of tables"));
 }

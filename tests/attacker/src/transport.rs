@@ -29,6 +29,8 @@ pub struct Device {
     notify: Option<(u64, u64)>,
     configuration: u64,
     pci: bool,
+    /// Where its configuration space has its BAR, of 64 bits; zero where it has none.
+    bar: u64,
 }
 
 /// Registers by their offsets: those of MMIO, those of PCI, and bytes on PCI.
@@ -52,7 +54,7 @@ const CONFIGURATION: u64 = 0x100;
 
 /// The devices there are.
 pub fn devices(pci: bool) -> ([Device; MOST], usize) {
-    let none = Device { kind: 0, registers: 0, notify: None, configuration: 0, pci };
+    let none = Device { kind: 0, registers: 0, notify: None, configuration: 0, pci, bar: 0 };
     let (mut found, mut count) = ([none; MOST], 0);
     if pci {
         for function in 0..ECAM_SIZE / WINDOW {
@@ -87,7 +89,8 @@ fn on_bus(space: u64) -> Option<Device> {
     }
     // Memory and bus master.
     write(space + 4, 2, 6);
-    let mut device = Device { kind, registers: 0, notify: None, configuration: 0, pci: true };
+    let mut device =
+        Device { kind, registers: 0, notify: None, configuration: 0, pci: true, bar: 0 };
     let mut at = read(space + CAPABILITIES, 1);
     for _ in 0..48 {
         if at == 0 {
@@ -95,9 +98,8 @@ fn on_bus(space: u64) -> Option<Device> {
         }
         let capability = space + at;
         if read(capability, 1) == VENDOR_CAPABILITY {
-            let bar = space + 0x10 + 4 * (read(capability + 4, 1) & 7);
-            let base = (read(bar, 4) & !0xf) | read(bar + 4, 4) << 32;
-            let place = base + read(capability + 8, 4);
+            device.bar = space + 0x10 + 4 * (read(capability + 4, 1) & 7);
+            let place = device.place() + read(capability + 8, 4);
             match read(capability + 3, 1) {
                 1 => device.registers = place,
                 2 => device.notify = Some((place, read(capability + 16, 4))),
@@ -129,6 +131,17 @@ impl Device {
         let register = self.registers + if self.pci { pci } else { mmio };
         write(register, 4, value & 0xffff_ffff);
         write(register + 4, 4, value >> 32);
+    }
+
+    /// Where its BAR is.
+    pub fn place(&self) -> u64 {
+        (read(self.bar, 4) & !0xf) | read(self.bar + 4, 4) << 32
+    }
+
+    /// Moves its BAR. What knows this device still looks for it where it was.
+    pub fn set_place(&self, address: u64) {
+        write(self.bar, 4, address & 0xffff_ffff);
+        write(self.bar + 4, 4, address >> 32);
     }
 
     /// First and past the last address of its registers.

@@ -16,6 +16,20 @@ const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// Registers in one call.
 const MSRS_PER_CALL: usize = 256;
 
+/// Where CPUID names features (Intel SDM, volume 2; AMD APM, volume 3, appendix E; KVM's own): leaf,
+/// subleaf, and the bits of EAX, EBX, ECX and EDX that do. Without those by which KVM tells of a
+/// processor's registers: MONITOR, OSXSAVE, APIC and OSPKE.
+const FEATURES: [(u32, u32, [u32; 4]); 8] = [
+    (0x1, 0, [0, 0, !(1 << 3 | 1 << 27), !(1 << 9)]),
+    (0x7, 0, [0, !0, !(1 << 4), !0]),
+    (0x7, 1, [!0; 4]),
+    (0xd, 0, [!0, 0, 0, !0]),
+    (0xd, 1, [!0, 0, 0, 0]),
+    (0x4000_0001, 0, [!0, 0, 0, 0]),
+    (0x8000_0001, 0, [0, 0, !0, !0]),
+    (0x8000_0008, 0, [0, !0, 0, 0]),
+];
+
 /// All that a processor is.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
@@ -64,18 +78,36 @@ impl VcpuState {
         })
     }
 
-    /// Refuses a state of another maker's processor: its features cannot be had here, and its
-    /// guest has chosen its code by them.
-    pub fn check_vendor(&self, supported: &CpuId) -> Result<(), StartError> {
+    /// Refuses a state of another maker's processor, or of one with features that a new processor of
+    /// this machine would not have, whose leaves these are: its guest has chosen its code by them.
+    pub fn check(&self, leaves: &CpuId) -> Result<(), StartError> {
+        let refused = |reason: String| StartError::device("snapshot")(reason);
         let vendor = |leaves: &[kvm_cpuid_entry2]| {
             let leaf = leaves.iter().find(|leaf| leaf.function == 0)?;
             Some((leaf.ebx, leaf.ecx, leaf.edx))
         };
-        if vendor(&self.cpuid) != vendor(supported.as_slice()) {
-            return Err(StartError::Device {
-                device: "snapshot".to_owned(),
-                reason: "it was taken on a processor of another maker".to_owned(),
-            });
+        if vendor(&self.cpuid) != vendor(leaves.as_slice()) {
+            return Err(refused("it was taken on a processor of another maker".to_owned()));
+        }
+        for (leaf, subleaf, masks) in FEATURES {
+            let registers = |leaves: &[kvm_cpuid_entry2]| {
+                let mut leaves = leaves.iter();
+                let found = leaves.find(|entry| (entry.function, entry.index) == (leaf, subleaf));
+                found.map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
+            };
+            let (saved, here) = (registers(&self.cpuid), registers(leaves.as_slice()));
+            let names = ["EAX", "EBX", "ECX", "EDX"];
+            for (name, ((saved, here), mask)) in
+                names.into_iter().zip(saved.iter().zip(here).zip(masks))
+            {
+                let missing = saved & !here & mask;
+                if missing != 0 {
+                    return Err(refused(format!(
+                        "it was taken on a processor with features that there are not here: CPUID leaf \
+                         {leaf:#x}, subleaf {subleaf}, {name}: {missing:#x}"
+                    )));
+                }
+            }
         }
         Ok(())
     }
@@ -148,4 +180,54 @@ fn write_msrs(vcpu: &VcpuFd, entries: &[&kvm_msr_entry]) -> Result<(), StartErro
         entries.drain(..=set);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, ebx: u32, ecx: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, ebx, ecx, ..Default::default() }
+    }
+
+    fn state(cpuid: Vec<kvm_cpuid_entry2>) -> VcpuState {
+        VcpuState {
+            cpuid,
+            msrs: Vec::new(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xsave: kvm_xsave::default(),
+            xcrs: kvm_xcrs::default(),
+            debug_regs: kvm_debugregs::default(),
+            lapic: kvm_lapic_state::default(),
+            events: kvm_vcpu_events::default(),
+            mp_state: kvm_mp_state::default(),
+            tsc_khz: None,
+        }
+    }
+
+    /// docs/hostile.md 25: a state of another processor.
+    #[test]
+    fn hostile_25_processors_with_what_this_host_has_not_are_refused() {
+        const OSXSAVE: u32 = 1 << 27;
+        const AVX512F: u32 = 1 << 16;
+        let here = [leaf(0, 0, 1, 2), leaf(1, 0, 9, 0xf0), leaf(7, 0, 0xff, 0), leaf(7, 1, 0, 0)];
+        let here = CpuId::from_entries(&here).unwrap();
+        let said = |cpuid: &[kvm_cpuid_entry2]| match state(cpuid.to_vec()).check(&here) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        // The same, fewer features, other identifiers, and what the guest itself switched on.
+        let fewer = [leaf(0, 0, 1, 2), leaf(1, 0, 77, 0x10 | OSXSAVE), leaf(7, 0, 0, 0)];
+        for good in [here.as_slice(), &fewer, &fewer[..1]] {
+            assert_eq!(said(good), "");
+        }
+        assert!(said(&[leaf(0, 0, 1, 3)]).contains("another maker"));
+        assert!(said(&[]).contains("another maker"));
+        let more = said(&[leaf(0, 0, 1, 2), leaf(7, 0, 0xff | AVX512F, 0)]);
+        assert!(more.contains("leaf 0x7, subleaf 0, EBX: 0x10000"), "{more}");
+        // In a leaf that is not here at all.
+        let more = said(&[leaf(0, 0, 1, 2), leaf(0x8000_0008, 0, 4, 0)]);
+        assert!(more.contains("leaf 0x80000008, subleaf 0, EBX: 0x4"), "{more}");
+    }
 }
