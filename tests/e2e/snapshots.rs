@@ -1,6 +1,7 @@
 //! Machines that are put into files and taken out again, under load.
 
 mod stream;
+mod userfault;
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
