@@ -61,7 +61,16 @@ pub fn unshare(uid: u32, gid: u32, network: bool) -> Result<(), JailError> {
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWCGROUP;
     flags.set(CloneFlags::CLONE_NEWNET, network);
-    nix::sched::unshare(flags).map_err(failed("unshare"))?;
+    nix::sched::unshare(flags).map_err(|error| {
+        let error = match error {
+            // So the kernel says that there may be no more of a kind, or none at all.
+            nix::Error::ENOSPC => std::io::Error::other(
+                "the host allows no more of them: see sysctl user.max_user_namespaces and its like",
+            ),
+            error => error.into(),
+        };
+        failed("unshare")(error)
+    })?;
     let _ = map.go.write_all(b"!");
     let mut error = String::new();
     let _ = map.said.read_to_string(&mut error);

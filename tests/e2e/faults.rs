@@ -1,6 +1,7 @@
 //! What goes wrong, and what the next command finds.
 
 mod host;
+mod lacks;
 
 use std::process::Command;
 use std::time::Duration;
@@ -83,30 +84,6 @@ fn a_guest_that_crashes_or_reboots_ends_the_run() {
         done.status,
         done.err()
     );
-}
-
-#[test]
-fn what_a_host_lacks_is_said_in_one_line() {
-    let session = Session::prepared();
-    // In a mount namespace of its own, without /dev/kvm.
-    let hidden = |script: &str| {
-        let mut command = Command::new("unshare");
-        command.args([
-            "--mount",
-            "sh",
-            "-c",
-            &format!("{script}; exec vmrun run --rm {BASE} true"),
-        ]);
-        Running::start(command.env("VMRUN_ROOT", session.root())).finish()
-    };
-    hidden("mount --bind /dev/null /dev/kvm").exits(125).complains(&["/dev/kvm"]);
-    hidden("mount --bind /dev/null /dev/net/tun").exits(125).complains(&["--network none"]);
-    let mut command = session.command(["run", "--rm", "--kernel", "/no/such/kernel", BASE, "true"]);
-    Running::start(&mut command).finish().exits(125).complains(&["/no/such/kernel"]);
-    session
-        .vmrun(["run", "--platform", "linux/arm64", BASE, "true"])
-        .exits(125)
-        .complains(&["linux/arm64"]);
 }
 
 /// docs/hostile.md 26: the disk is full.
