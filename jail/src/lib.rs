@@ -84,6 +84,7 @@ impl Jail {
     /// Enters the jail: returns in the confined process only. To be called while there is one thread.
     pub fn enter(self) -> Result<(), JailError> {
         let skipped = |step: Step| self.without.contains(&step);
+        let around = namespaces::Around::new(&self.parent)?;
         if let Some(cgroup) = self.cgroup.as_ref().filter(|_| !skipped(Step::Cgroup)) {
             cgroup.enter(&self.id)?;
         }
@@ -95,12 +96,12 @@ impl Jail {
                 namespaces::join_network(path)?;
             }
             namespaces::unshare(self.uid, self.gid, self.network.is_none())?;
-            namespaces::fork(self.parent)?;
+            namespaces::fork(self.parent, around)?;
             namespaces::name_host(&self.id)?;
             root.enter()?;
         } else {
             privileges::become_user(self.uid, self.gid)?;
-            namespaces::fork(self.parent)?;
+            namespaces::fork(self.parent, around)?;
         }
         privileges::limit(&self.limits)?;
         privileges::drop_all()?;
