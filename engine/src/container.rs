@@ -40,7 +40,7 @@ const CGROUP: &str = "cgroup";
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
     /// A file of it.
-    #[error("{path}: {error}")]
+    #[error("{path}: {error}{}", images::room_hint(error))]
     File {
         /// Which.
         path: PathBuf,
@@ -236,11 +236,11 @@ impl Container {
 
     /// Records its end, and removes what is not to stay.
     pub fn finish(self, exit_code: u8, out_of_memory: bool) -> Result<(), ContainerError> {
-        let _ = fs::remove_dir_all(&self.run);
-        let _ = remove_cgroup(&self.folder);
         if self.config.remove {
             return self.discard();
         }
+        let _ = fs::remove_dir_all(&self.run);
+        remove_cgroup(&self.folder);
         let status = Status { exit_code, out_of_memory, finished: now() };
         write_whole(&self.folder.join("status.json"), &status)
     }
@@ -248,7 +248,11 @@ impl Container {
     /// Removes it with all it wrote.
     pub fn discard(self) -> Result<(), ContainerError> {
         let _guard = guard(&self.all)?;
-        let _ = fs::remove_dir_all(&self.run);
+        remove_folder(&self.run)?;
+        if !remove_cgroup(&self.folder) && self.config.remove {
+            // The next command does.
+            return Ok(());
+        }
         remove_folder(&self.folder)
     }
 }
@@ -273,32 +277,33 @@ fn has_oom_kill(cgroup: impl AsRef<Path>) -> bool {
     counts.filter_map(|count| count.trim().parse::<u64>().ok()).any(|count| count > 0)
 }
 
-/// Removes the cgroup of a VMM that is gone; false where that is still being taken down, which goes
-/// on for a moment after its descriptors are closed.
+/// Removes a folder with all in it, which may be gone already. That of its files is the last of a
+/// container: as long as it is there, the next command clears up what this one could not.
+fn remove_folder(path: &Path) -> Result<(), ContainerError> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the cgroup of a VMM that is gone; false where something of that is still in it: its files
+/// are closed a little earlier.
 fn remove_cgroup(folder: &Path) -> bool {
     let path = folder.join(CGROUP);
     let Ok(cgroup) = fs::read(&path) else { return true };
     // Only an empty one can be removed, so nothing is lost by a wrong one.
     match fs::remove_dir(OsStr::from_bytes(&cgroup)) {
-        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return false,
+        Err(error)
+            if [io::ErrorKind::ResourceBusy, io::ErrorKind::DirectoryNotEmpty]
+                .contains(&error.kind()) =>
+        {
+            return false;
+        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return true,
         _ => {}
     }
     let _ = fs::remove_file(&path);
     true
-}
-
-/// Removes a container's folder. Of one whose cgroup cannot go yet, that cgroup's path stays for
-/// whoever clears up next, in a folder that is no container's any more.
-fn remove_folder(folder: &Path) -> Result<(), ContainerError> {
-    if remove_cgroup(folder) {
-        return fs::remove_dir_all(folder).map_err(at(folder));
-    }
-    for entry in fs::read_dir(folder).map_err(at(folder))?.flatten() {
-        if entry.file_name() != CGROUP {
-            fs::remove_file(entry.path()).map_err(at(&entry.path()))?;
-        }
-    }
-    Ok(())
 }
 
 fn random_id() -> Result<String, ContainerError> {
@@ -380,16 +385,17 @@ fn reap_one(paths: &Paths, id: &str, folder: &Path) -> Result<Option<Listed>, Co
         // Whoever made it was killed before it was whole.
         None => None,
     };
+    let mut is_over = !running;
     if !running {
-        let _ = fs::remove_dir_all(run_folder(paths, id));
-        let _ = remove_cgroup(folder);
+        remove_folder(&run_folder(paths, id))?;
+        is_over = remove_cgroup(folder);
     }
     match config {
         Some(config) if running || !config.remove => {
             let status = read(&folder.join("status.json"));
             Ok(Some(Listed { config, running, status }))
         }
-        None if running => Ok(None),
+        _ if !is_over => Ok(None),
         _ => remove_folder(folder).map(|()| None),
     }
 }
@@ -455,6 +461,9 @@ pub fn remove(paths: &Paths, wanted: &str) -> Result<(), ContainerError> {
         return Err(ContainerError::Running(found.config.name));
     }
     let folder = all.join(&found.config.id);
+    if !remove_cgroup(&folder) {
+        return Err(ContainerError::Running(found.config.name));
+    }
     remove_folder(&folder)
 }
 
@@ -525,22 +534,20 @@ mod tests {
         assert_eq!(fs::read_dir(paths.containers()).unwrap().count(), 1, "only the lock stays");
     }
 
-    /// docs/hostile.md 27: a VMM that was killed, and whose cgroup has it for a moment more.
+    /// docs/hostile.md 27: the VMM has let go of its lock, and is not out of its cgroup yet.
     #[test]
-    fn hostile_27_a_cgroup_that_cannot_go_yet_is_removed_later() {
-        let (folder, paths) = Paths::temporary();
-        let container = Container::create(&paths, config("gone", true)).unwrap();
-        // The root of all files is always in use.
-        container.set_cgroup(Path::new("/")).unwrap();
-        let left = container.folder.clone();
+    fn hostile_27_a_cgroup_that_is_still_in_use_is_removed_later() {
+        let (outside, paths) = Paths::temporary();
+        let container = Container::create(&paths, config("ending", true)).unwrap();
+        let (folder, cgroup) = (container.folder.clone(), outside.path().join("cgroup"));
+        fs::create_dir_all(cgroup.join("in-use")).unwrap();
+        container.set_cgroup(&cgroup).unwrap();
         drop(container);
+        assert!(list(&paths).unwrap().is_empty(), "the name is free");
+        assert!(folder.exists() && cgroup.exists());
+        fs::remove_dir(cgroup.join("in-use")).unwrap();
         assert!(list(&paths).unwrap().is_empty());
-        assert_eq!(fs::read_dir(&left).unwrap().count(), 1);
-        let cgroup = folder.path().join("cgroup");
-        fs::create_dir(&cgroup).unwrap();
-        fs::write(left.join(CGROUP), cgroup.as_os_str().as_bytes()).unwrap();
-        assert!(list(&paths).unwrap().is_empty());
-        assert!(!cgroup.exists() && !left.exists());
+        assert!(!folder.exists() && !cgroup.exists());
     }
 
     /// docs/hostile.md 26, 27: a description lost with the power, and folders of others.

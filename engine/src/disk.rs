@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::making::Making;
 use crate::paths::Paths;
 
 /// Why a disk could not be made.
@@ -26,7 +27,7 @@ pub enum DiskError {
         message: String,
     },
     /// A file cannot be made or copied.
-    #[error("{path}: {error}")]
+    #[error("{path}: {error}{}", images::room_hint(error))]
     File {
         /// Which.
         path: PathBuf,
@@ -56,22 +57,22 @@ pub fn make(paths: &Paths, size: u64, target: &Path) -> Result<(), DiskError> {
     if !template.exists() {
         fs::create_dir_all(&folder).map_err(at(&folder))?;
         // Two at once make one each, and the second replaces the first by its equal.
-        let file = tempfile::NamedTempFile::new_in(&folder).map_err(at(&folder))?;
-        file.as_file().set_len(size).map_err(at(&template))?;
-        format(file.path())?;
+        let mut making = Making::begin(&folder).map_err(at(&folder))?;
+        making.file().set_len(size).map_err(at(&template))?;
+        format(making.path())?;
         // Every later disk is a copy of it: it must not be lost with the power but for its name.
-        file.as_file().sync_all().map_err(at(&template))?;
-        file.persist(&template).map_err(|error| at(&template)(error.error))?;
+        making.file().sync_all().map_err(at(&template))?;
+        making.replace(&template).map_err(at(&template))?;
     }
     if target.exists() {
         return Err(at(target)(io::ErrorKind::AlreadyExists.into()));
     }
     let folder = target.parent().unwrap_or(Path::new("."));
-    let copy = tempfile::NamedTempFile::new_in(folder).map_err(at(target))?;
-    if !copy_sparse(&template, copy.as_file()).map_err(at(target))? {
-        format(copy.path())?;
+    let mut making = Making::begin(folder).map_err(at(target))?;
+    if !copy_sparse(&template, making.file()).map_err(at(target))? {
+        format(making.path())?;
     }
-    copy.persist_noclobber(target).map(drop).map_err(|error| at(target)(error.error))
+    making.place(target).map_err(at(target))
 }
 
 /// Copies a disk to `target`, which must not exist: by reference where the file system can, else its

@@ -14,6 +14,7 @@ pub mod fuzzing;
 mod gift;
 pub mod kernel;
 mod machine_api;
+mod making;
 mod names;
 pub mod network;
 pub mod paths;

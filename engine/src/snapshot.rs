@@ -48,7 +48,7 @@ const WRITABLE: &str = "writable.ext4";
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// A file of it.
-    #[error("{path}: {error}")]
+    #[error("{path}: {error}{}", images::room_hint(error))]
     File {
         /// Which.
         path: PathBuf,

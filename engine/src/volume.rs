@@ -52,7 +52,7 @@ pub enum VolumeError {
     #[error("volume {0} exists already")]
     Exists(String),
     /// Its file.
-    #[error("{path}: {error}")]
+    #[error("{path}: {error}{}", images::room_hint(error))]
     File {
         /// Which.
         path: PathBuf,

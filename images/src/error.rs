@@ -155,12 +155,19 @@ pub(crate) fn one_line(text: &dyn std::fmt::Display) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(1000).collect()
 }
 
-fn hint(error: &io::Error) -> &'static str {
+/// What helps where a disk is full or a quota used up, to be added to a line; empty elsewhere.
+pub fn room_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FULL,
+        _ => "",
+    }
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
         io::ErrorKind::PermissionDenied => {
             "; run as the user that owns it, or choose another --root"
         }
-        _ => "",
+        _ => room_hint(error),
     }
 }

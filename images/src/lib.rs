@@ -38,7 +38,7 @@ mod testing;
 
 pub use archive::SaveFormat;
 pub use digest::{Digest, DigestError};
-pub use error::Error;
+pub use error::{Error, room_hint};
 pub use image::{Image, Inspect, Layer, ManifestDescriptor, Metadata, RootFs, Summary};
 pub use layer::UnpackLimits;
 pub use progress::{Progress, Silent, Step};

@@ -86,6 +86,7 @@ impl Jail {
     /// Enters the jail: returns in the confined process only. To be called while there is one thread.
     pub fn enter(self) -> Result<(), JailError> {
         let skipped = |step: Step| self.without.contains(&step);
+        let around = namespaces::Around::new(&self.parent)?;
         if let Some(cgroup) = self.cgroup.as_ref().filter(|_| !skipped(Step::Cgroup)) {
             cgroup.enter(&self.id)?;
         }
@@ -97,12 +98,12 @@ impl Jail {
                 namespaces::join_network(path)?;
             }
             namespaces::unshare(self.uid, self.gid, self.network.is_none())?;
-            namespaces::fork(self.parent)?;
+            namespaces::fork(self.parent, around)?;
             namespaces::name_host(&self.id)?;
             root.enter()?;
         } else {
             privileges::set_ids(self.uid, self.gid)?;
-            namespaces::fork(self.parent)?;
+            namespaces::fork(self.parent, around)?;
         }
         privileges::limit(&self.limits)?;
         privileges::drop_all()?;

@@ -53,7 +53,16 @@ pub fn unshare(uid: u32, gid: u32, network: bool) -> Result<(), JailError> {
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWCGROUP;
     flags.set(CloneFlags::CLONE_NEWNET, network);
-    nix::sched::unshare(flags).map_err(failed("unshare"))?;
+    nix::sched::unshare(flags).map_err(|error| {
+        let error = match error {
+            // So the kernel says that there may be no more of a kind, or none at all.
+            nix::Error::ENOSPC => std::io::Error::other(
+                "the host allows no more of them: see sysctl user.max_user_namespaces and its like",
+            ),
+            error => error.into(),
+        };
+        failed("unshare")(error)
+    })?;
     let _ = map.go.write_all(b"!");
     let mut error = String::new();
     let _ = map.said.read_to_string(&mut error);
@@ -108,15 +117,31 @@ fn fork_mapper(target: Pid, uid: u32, gid: u32) -> Result<Mapper, JailError> {
     }
 }
 
+/// The processes around the jail: the one that enters it, and the one that the confined process is to
+/// die with.
+#[derive(Debug)]
+pub struct Around {
+    own: OwnedFd,
+    above: OwnedFd,
+}
+
+impl Around {
+    /// To be called before this process becomes another user: the kernel forgets then that it was to
+    /// be killed with the process above, which may be gone from then on.
+    pub fn new(parent: &Parent) -> Result<Around, JailError> {
+        let own = pidfd(Some(rustix::process::getpid()))?;
+        // With this one where it waits, and with the one above where it leaves.
+        let above = match parent {
+            Parent::Leave { .. } => pidfd(rustix::process::getppid())?,
+            Parent::Wait | Parent::Detach => own.try_clone().map_err(JailError::host("pidfd"))?,
+        };
+        Ok(Around { own, above })
+    }
+}
+
 /// Goes on in a child, and never returns in the parent.
-pub fn fork(parent: Parent) -> Result<(), JailError> {
-    // The child is to die with the process above: with this one where it waits, and with the one
-    // above this where it leaves. Both are held from before they can be gone.
-    let own = pidfd(Some(rustix::process::getpid()))?;
-    let above = match &parent {
-        Parent::Leave { .. } => pidfd(rustix::process::getppid())?,
-        Parent::Wait | Parent::Detach => own.try_clone().map_err(JailError::host("pidfd"))?,
-    };
+pub fn fork(parent: Parent, around: Around) -> Result<(), JailError> {
+    let Around { own, above } = around;
     let before = SigSet::thread_get_mask().map_err(JailError::host("signal mask"))?;
     // None is lost between the fork and the wait.
     handed_on().thread_block().map_err(JailError::host("signal mask"))?;

@@ -7,7 +7,7 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, Scope,
 };
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid};
 
 use crate::Root;
@@ -32,11 +32,14 @@ pub fn drop_groups() -> Result<(), JailError> {
     Ok(())
 }
 
-/// Sets limits, and forbids core dumps, which would hold the guest's memory.
+/// Sets limits, and forbids core dumps, which would hold the guest's memory. One that is tighter
+/// already stays.
 pub fn limit(limits: &[(Resource, u64)]) -> Result<(), JailError> {
     for (resource, value) in limits.iter().chain(&[(Resource::RLIMIT_CORE, 0)]) {
-        setrlimit(*resource, *value, *value)
-            .map_err(JailError::host(format!("{resource:?}={value}")))?;
+        let failed = || format!("{resource:?}={value}");
+        let (_, most) = getrlimit(*resource).map_err(JailError::host(failed()))?;
+        let value = *value.min(&most);
+        setrlimit(*resource, value, value).map_err(JailError::host(failed()))?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! The API socket, driven as an orchestrator does: every operation, before and after the guest's
 //! start, right and wrong.
 
+mod drives;
 mod files;
 mod keyboard;
 mod limits;
@@ -179,7 +180,12 @@ fn every_operation_before_and_after_the_start() {
         r#"{"snapshot_path": "s", "mem_file_path": "m"}"#,
         "not allowed after configuring boot-specific resources",
     );
-    put(&vmm, "/actions", json!({ "action_type": "InstanceStart" }));
+    // What KVM must have, and what it may.
+    put(&vmm, "/cpu-config", json!({ "kvm_capabilities": ["1", "65535"] }));
+    let start = json!({ "action_type": "InstanceStart" });
+    vmm.refused("PUT", "/actions", &start.to_string(), "KVM has no capability 65535");
+    put(&vmm, "/cpu-config", json!({ "kvm_capabilities": ["1", "!65535"] }));
+    put(&vmm, "/actions", start);
     vmm.process.wait_for("up\r\n");
     let said = vmm.process.stdout();
     assert!(said.contains("mac=02:76:00:00:00:77"), "{said}");

@@ -1,47 +1,15 @@
 //! What goes wrong, and what the next command finds.
 
 mod host;
+mod lacks;
+mod steps;
 
 use std::process::Command;
-use std::time::Duration;
 
 use e2e::{Running, Session};
 use nix::sys::signal::Signal;
 
 const BASE: &str = "localhost/base";
-
-/// docs/hostile.md 27: `kill -9` of the command at any point leaves nothing the next run trips over.
-#[test]
-fn hostile_27_a_run_killed_at_any_moment_leaves_nothing_behind() {
-    let session = Session::prepared();
-    let name = format!("killed-{}", std::process::id());
-    for moment in [0, 20, 60, 150, 400, 1000, 2500] {
-        let running = session.start(["--name", &name, BASE, "sleep", "600"]);
-        std::thread::sleep(Duration::from_millis(moment));
-        running.signal(Signal::SIGKILL);
-        running.finish();
-    }
-    // The VMM, which holds the name, is killed by the kernel a moment after its parent.
-    let killed = std::time::Instant::now();
-    while session.vmrun(["ps", "-a"]).exits(0).out().contains(&name) {
-        assert!(killed.elapsed() < Duration::from_secs(30), "{name} goes on");
-    }
-    // The name is free, and no VMM of it goes on.
-    session.run(["--name", &name, BASE, "echo", "after"]).exits(0).prints("after\n");
-    let since = std::time::Instant::now();
-    while !vmms_of(&name).is_empty() {
-        assert!(since.elapsed() < Duration::from_secs(30), "{:?}", vmms_of(&name));
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let listed = session.vmrun(["ps", "-a"]).exits(0).out();
-    assert!(!listed.contains(&name), "{listed}");
-}
-
-fn vmms_of(name: &str) -> String {
-    let output =
-        Command::new("pgrep").args(["-a", "-f", &format!("vmrun-vmm.*{name}")]).output().unwrap();
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
 
 /// docs/hostile.md 27: the VMM is killed under the command.
 #[test]
@@ -83,30 +51,6 @@ fn a_guest_that_crashes_or_reboots_ends_the_run() {
         done.status,
         done.err()
     );
-}
-
-#[test]
-fn what_a_host_lacks_is_said_in_one_line() {
-    let session = Session::prepared();
-    // In a mount namespace of its own, without /dev/kvm.
-    let hidden = |script: &str| {
-        let mut command = Command::new("unshare");
-        command.args([
-            "--mount",
-            "sh",
-            "-c",
-            &format!("{script}; exec vmrun run --rm {BASE} true"),
-        ]);
-        Running::start(command.env("VMRUN_ROOT", session.root())).finish()
-    };
-    hidden("mount --bind /dev/null /dev/kvm").exits(125).complains(&["/dev/kvm"]);
-    hidden("mount --bind /dev/null /dev/net/tun").exits(125).complains(&["--network none"]);
-    let mut command = session.command(["run", "--rm", "--kernel", "/no/such/kernel", BASE, "true"]);
-    Running::start(&mut command).finish().exits(125).complains(&["/no/such/kernel"]);
-    session
-        .vmrun(["run", "--platform", "linux/arm64", BASE, "true"])
-        .exits(125)
-        .complains(&["linux/arm64"]);
 }
 
 /// docs/hostile.md 26: the disk is full.

@@ -1,12 +1,15 @@
 //! `vmrun-vmm` alone, with a configuration file in Firecracker's format: the ways a guest comes up,
 //! what it sees of its machine, and the ways it ends.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use e2e::{Finished, Running, guest};
+use nix::pty::{OpenptyResult, openpty};
 use nix::sys::signal::Signal;
+use nix::sys::termios::{LocalFlags, tcgetattr};
 use serde_json::json;
 
 /// The guest's first program: says what it sees, and does what the command line asks for.
@@ -43,6 +46,10 @@ impl Machine {
     }
 
     fn start(&self) -> Running {
+        Running::start(self.command().stdin(Stdio::piped()))
+    }
+
+    fn command(&self) -> Command {
         let config = json!({
             "boot-source": {
                 "kernel_image_path": self.kernel,
@@ -56,7 +63,7 @@ impl Machine {
         fs::write(&file, config.to_string()).unwrap();
         let mut command = Command::new("vmrun-vmm");
         command.arg("--config-file").arg(file).arg("--no-api");
-        Running::start(command.stdin(std::process::Stdio::piped()))
+        command
     }
 
     fn run(&self) -> Finished {
@@ -129,4 +136,26 @@ fn the_serial_port_takes_input_and_a_signal_ends_the_machine() {
         running.signal(signal);
         running.finish().exits(status);
     }
+}
+
+/// Keys go to the guest as they are pressed, and the terminal is left as it was.
+#[test]
+fn a_terminal_is_the_serial_ports_while_the_machine_runs() {
+    let OpenptyResult { master, slave } = openpty(None, None).unwrap();
+    let is_cooked = || {
+        let flags = tcgetattr(&slave).unwrap().local_flags;
+        flags.contains(LocalFlags::ICANON | LocalFlags::ECHO)
+    };
+    assert!(is_cooked());
+    let machine = Machine::new(&guest::kernel(), "echo");
+    let mut command = machine.command();
+    let mut running = Running::start(command.stdin(slave.try_clone().unwrap()));
+    running.wait_for("ready\r\n");
+    assert!(!is_cooked());
+    // The guest's own terminal takes ^U for the end of all that was typed before.
+    let mut keyboard = File::from(master);
+    keyboard.write_all(b"something else\x15some words\r").unwrap();
+    let done = running.finish().exits(0);
+    assert!(done.out().contains("got some words"), "{}", done.out());
+    assert!(is_cooked());
 }

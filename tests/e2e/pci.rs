@@ -166,7 +166,10 @@ fn devices_come_and_go_without_a_rescan() {
     machine.put("/drives/first", &machine.drive("first"));
     machine.run();
     machine.wait_for("devices: vda:first.");
-    machine.put("/drives/second", &machine.drive("second"));
+    // One whose io_uring is made while the guest runs.
+    let mut second = machine.drive("second");
+    second["io_engine"] = json!("Async");
+    machine.put("/drives/second", &second);
     machine.wait_for("devices: vda:first vdb:second.");
     // A name is taken until its device is gone.
     let again = machine.drive("second").to_string();

@@ -2,6 +2,7 @@
 
 mod foreign;
 mod stream;
+mod userfault;
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};

@@ -12,6 +12,7 @@ pub mod break_in;
 pub mod guest;
 pub mod images;
 pub mod session;
+pub mod steps;
 pub mod user;
 
 pub use session::{Finished, Running, Session};

@@ -34,12 +34,22 @@ impl User {
         let id = UID.to_string();
         let mut command = Command::new("setpriv");
         command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all", "--"]);
+        let own = self.own(arguments);
+        command.arg(own.get_program()).args(own.get_args());
+        for (name, value) in own.get_envs() {
+            command.env(name, value.unwrap_or_default());
+        }
+        command.stdin(std::process::Stdio::null());
         command
-            .arg("vmrun")
+    }
+
+    /// The same for somebody who is this user already.
+    pub fn own(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("vmrun");
+        command
             .args(arguments)
             .env("VMRUN_ROOT", self.folder.path().join("root"))
-            .env("HOME", self.folder.path())
-            .stdin(std::process::Stdio::null());
+            .env("HOME", self.folder.path());
         command
     }
 

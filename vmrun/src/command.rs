@@ -258,7 +258,7 @@ pub struct RunArguments {
 #[derive(Subcommand)]
 pub enum SnapshotCommand {
     /// Make a snapshot of a running container, or of a machine that waits for a command
-    Create(SnapshotCreateArguments),
+    Create(Box<SnapshotCreateArguments>),
     /// List snapshots
     Ls {
         /// How to print

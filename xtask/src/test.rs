@@ -40,6 +40,7 @@ const IMAGE_TOOLS: [&str; 9] = [
 /// The end-to-end tests, each group on a machine of its own; those that take longest first.
 const GROUPS: [&str; 13] = [
     "process::",
+    "faults::",
     "snapshots::",
     "clones::",
     "images::",
@@ -51,7 +52,6 @@ const GROUPS: [&str; 13] = [
     "terminal::",
     "network::",
     PCI,
-    "faults::",
 ];
 /// The group that needs a guest kernel with PCI.
 const PCI: &str = "pci::";

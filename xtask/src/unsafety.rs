@@ -29,6 +29,7 @@ const ALLOWED: &[(&str, &str)] = &[
     ("guest/src/process.rs", "ioctls, and code between fork and exec"),
     ("jail/src/descriptors.rs", "closes descriptors by their numbers"),
     ("jail/src/namespaces.rs", "forks, which is sound in a process of one thread"),
+    ("tests/e2e/snapshots/userfault.rs", "takes over a descriptor, and ioctls of userfaultfd"),
     ("tests/e2e/terminal.rs", "runs code between fork and exec"),
     ("vmm/src/bin/vmrun-vmm/confinement.rs", "takes over descriptors named by the parent"),
     ("vmm/src/isolation.rs", "prctl options that no crate knows"),

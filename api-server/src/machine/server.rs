@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -28,6 +28,8 @@ use super::{API_VERSION, MachineAnswer, MachineError, MachineRequest};
 /// Clients connected at once. The next takes the place of the oldest that waits for no answer; where
 /// all do, it waits too.
 const MAX_CLIENTS: usize = 64;
+/// How long nobody is let in after somebody could not be.
+const NEXT_ATTEMPT: Duration = Duration::from_millis(50);
 const JSON: &str = "application/json";
 /// Says that a client uses what will go away.
 const DEPRECATION: &str = "deprecation";
@@ -47,27 +49,32 @@ pub struct Call {
 }
 
 /// Serves clients on this thread, as long as the process lives, and counts what they ask. Each
-/// request is given to `submit`, which must not block; a body has `payload_limit` bytes at most.
+/// request is given to `submit`, which must not block; a body has `payload_limit` bytes at most. `begin`
+/// is called once nothing is in the way any more.
 pub fn serve(
     listener: UnixListener,
     payload_limit: usize,
     metrics: Arc<Mutex<RequestMetrics>>,
+    begin: impl FnOnce(),
     submit: impl Fn(Call) + 'static,
 ) -> io::Result<Infallible> {
     listener.set_nonblocking(true)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     let server = Rc::new(Server { payload_limit, metrics, submit });
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let listener = tokio::net::UnixListener::from_std(listener)?;
+        begin();
         let places = Arc::new(Semaphore::new(MAX_CLIENTS));
         let mut clients = VecDeque::<Client>::new();
         loop {
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    // No descriptor is left, say. Those who are served may free one.
+                    // No descriptor is left, say. Who is served may free one, or others of the
+                    // process; the one who waits is still there then.
                     telemetry::limited_warning!(%error, "cannot accept a client of the API");
-                    tokio::task::yield_now().await;
+                    tokio::time::sleep(NEXT_ATTEMPT).await;
                     continue;
                 }
             };
@@ -255,18 +262,24 @@ mod tests {
         let path = folder.path().join("api.sock");
         let listener = UnixListener::bind(&path).unwrap();
         std::thread::spawn(move || {
-            serve(listener, 100, metrics, |call| {
-                let answer = match call.request {
-                    MachineRequest::GetVersion => Ok(MachineAnswer::Version),
-                    MachineRequest::Pause => Ok(MachineAnswer::Done),
-                    MachineRequest::GetMetrics => Ok(MachineAnswer::Text("a 1\n".to_owned())),
-                    MachineRequest::GetMmds => Err(MachineError::not_found("nothing there")),
-                    // Its answer never comes.
-                    MachineRequest::Resume => return,
-                    _ => Err(MachineError::new("refused")),
-                };
-                let _ = call.reply.send(answer);
-            })
+            serve(
+                listener,
+                100,
+                metrics,
+                || {},
+                |call| {
+                    let answer = match call.request {
+                        MachineRequest::GetVersion => Ok(MachineAnswer::Version),
+                        MachineRequest::Pause => Ok(MachineAnswer::Done),
+                        MachineRequest::GetMetrics => Ok(MachineAnswer::Text("a 1\n".to_owned())),
+                        MachineRequest::GetMmds => Err(MachineError::not_found("nothing there")),
+                        // Its answer never comes.
+                        MachineRequest::Resume => return,
+                        _ => Err(MachineError::new("refused")),
+                    };
+                    let _ = call.reply.send(answer);
+                },
+            )
         });
         (folder, path)
     }
@@ -360,10 +373,16 @@ mod tests {
         let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
         let count = asked.clone();
         std::thread::spawn(move || {
-            serve(listener, 100, Arc::default(), move |call| {
-                count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-                let _ = call.reply.send(Ok(MachineAnswer::Done));
-            })
+            serve(
+                listener,
+                100,
+                Arc::default(),
+                || {},
+                move |call| {
+                    count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                    let _ = call.reply.send(Ok(MachineAnswer::Done));
+                },
+            )
         });
         let asked = || asked.load(std::sync::atomic::Ordering::SeqCst);
         let pause = r#"{"state": "Paused"}"#;
@@ -405,10 +424,16 @@ mod tests {
         let waiting = Arc::new(Mutex::new(None));
         let slow = waiting.clone();
         std::thread::spawn(move || {
-            serve(listener, 100, Arc::default(), move |call| match call.request {
-                MachineRequest::Pause => *slow.lock().unwrap() = Some(call.reply),
-                _ => drop(call.reply.send(Ok(MachineAnswer::Version))),
-            })
+            serve(
+                listener,
+                100,
+                Arc::default(),
+                || {},
+                move |call| match call.request {
+                    MachineRequest::Pause => *slow.lock().unwrap() = Some(call.reply),
+                    _ => drop(call.reply.send(Ok(MachineAnswer::Version))),
+                },
+            )
         });
         let body = r#"{"state": "Paused"}"#;
         let mut client = UnixStream::connect(&path).unwrap();

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::{KernelError, at};
+use crate::making::Making;
 
 /// Version of what is in the archive beside the programs.
 const LAYOUT: u32 = 2;
@@ -54,9 +55,9 @@ pub fn make(cache: &Path, init: &Path, modules: Option<&Path>) -> Result<PathBuf
     }
     entry(&mut archive, "TRAILER!!!", 0, (0, 0), &[]);
     fs::create_dir_all(cache).map_err(at(cache))?;
-    let mut file = tempfile::NamedTempFile::new_in(cache).map_err(at(cache))?;
-    file.write_all(&archive).map_err(at(&path))?;
-    file.persist(&path).map_err(|error| at(&path)(error.error))?;
+    let mut making = Making::begin(cache).map_err(at(cache))?;
+    making.file().write_all(&archive).map_err(at(&path))?;
+    making.replace(&path).map_err(at(&path))?;
     Ok(path)
 }
 

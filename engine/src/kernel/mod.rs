@@ -21,11 +21,13 @@ use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use crate::making::Making;
+
 /// Why a kernel cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// A file cannot be read or written.
-    #[error("{path}: {error}")]
+    #[error("{path}: {error}{}", images::room_hint(error))]
     File {
         /// Which file.
         path: PathBuf,
@@ -283,10 +285,9 @@ impl Kernels {
     pub fn set_default(&self, name: &str) -> Result<(), KernelError> {
         self.get(name)?;
         let path = self.folder.join("default");
-        let mut file = tempfile::NamedTempFile::new_in(&self.folder).map_err(at(&self.folder))?;
-        file.write_all(name.as_bytes()).map_err(at(&path))?;
-        file.persist(&path).map_err(|error| at(&path)(error.error))?;
-        Ok(())
+        let mut making = Making::begin(&self.folder).map_err(at(&self.folder))?;
+        making.file().write_all(name.as_bytes()).map_err(at(&path))?;
+        making.replace(&path).map_err(at(&path))
     }
 
     /// The kernel to boot: the one asked for (by name, or a path to a file that boots as it is),

@@ -1,13 +1,14 @@
 //! nftables rules: guests reach out through the host's address, and nothing unasked reaches in.
 
 use std::borrow::Cow;
+use std::io::Write;
+use std::process::{Command, Stdio};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use nftables::batch::Batch;
 use nftables::expr::{
     CT, Expression, Meta, MetaKey, NamedExpression, Payload, PayloadField, Prefix,
 };
-use nftables::helper::NftablesError;
 use nftables::schema::{Chain, NfListObject, Nftables, Rule, Table};
 use nftables::stmt::{Accept, Drop, Match, Operator, Statement};
 use nftables::types::{NfChainPolicy, NfChainType, NfFamily, NfHook};
@@ -26,14 +27,29 @@ pub fn ensure(subnet: &Subnet) -> Result<(), NetworkError> {
     if table_exists().unwrap_or(false) {
         return Ok(());
     }
-    nftables::helper::apply_ruleset(&ruleset(subnet)).map_err(|error| match error {
-        NftablesError::NftExecution { inner, .. } => NetworkError::NftMissing(inner),
-        NftablesError::NftFailed { stderr, .. } => {
-            let line = stderr.lines().find(|line| line.contains("Error"));
-            NetworkError::Nft(line.unwrap_or("no reason given").to_owned())
-        }
-        other => NetworkError::Nft(other.to_string()),
-    })
+    apply(&ruleset(subnet))
+}
+
+/// Has `nft` install rules. (The crate's own way leaves nft's messages to the terminal.)
+fn apply(ruleset: &Nftables<'_>) -> Result<(), NetworkError> {
+    let failed = |error: &dyn std::fmt::Display| NetworkError::Nft(error.to_string());
+    let text = serde_json::to_vec(ruleset).map_err(|error| failed(&error))?;
+    let mut nft = Command::new("nft")
+        .args(["-j", "-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(NetworkError::NftMissing)?;
+    // Where it ends before it has read all, it says why.
+    let _ = nft.stdin.take().map(|mut stdin| stdin.write_all(&text));
+    let output = nft.wait_with_output().map_err(|error| failed(&error))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let line = said.lines().find(|line| line.contains("Error"));
+    Err(failed(&line.unwrap_or("no reason given")))
 }
 
 /// Asks the kernel for our table (`NFT_MSG_GETTABLE`): one message each way, where `nft` costs a

@@ -164,7 +164,7 @@ pub enum RunError {
     #[error(transparent)]
     Program(#[from] ProgramError),
     /// A file of the container.
-    #[error("{path}: {error}")]
+    #[error("{path}: {error}{}", images::room_hint(error))]
     File {
         /// Which.
         path: PathBuf,

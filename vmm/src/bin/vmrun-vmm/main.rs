@@ -249,22 +249,27 @@ fn serve_api(
     })?;
     let (caller, calls) = Calls::new().map_err(failed)?;
     let limit = options.http_api_max_payload_size;
-    let (confined, ready) = mpsc::channel();
+    let (begins, begun) = mpsc::channel();
+    let tell = begins.clone();
     std::thread::Builder::new()
         .name("api".to_owned())
         .spawn(move || {
-            let installed = seccomp.install(Thread::Api);
-            let failed = installed.is_err();
-            let _ = confined.send(installed);
-            if failed {
+            if let Err(error) = seccomp.install(Thread::Api) {
+                let _ = begins.send(Err(failed(error)));
                 return;
             }
-            let Err(error) =
-                server::serve(listener, limit, metrics, move |call| caller.submit(call));
+            let begin = move || drop(tell.send(Ok(())));
+            let submit = move |call| caller.submit(call);
+            let Err(error) = server::serve(listener, limit, metrics, begin, submit);
             tracing::error!(%error, "the API is not served any more");
+            let _ = begins.send(Err(failed(format!("the API: {error}"))));
+            // A thread that is confined like this one cannot end but with the process.
+            loop {
+                std::thread::park();
+            }
         })
         .map_err(failed)?;
-    ready.recv().map_err(failed)?.map_err(failed)?;
+    begun.recv().map_err(failed)??;
     Ok(calls)
 }
 
