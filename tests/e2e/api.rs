@@ -132,14 +132,7 @@ fn every_operation_before_and_after_the_start() {
     // A machine with one of each.
     put(&vmm, "/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": 192 }));
     vmm.done("PATCH", "/machine-config", &json!({ "vcpu_count": 2, "track_dirty_pages": true }));
-    put(
-        &vmm,
-        "/boot-source",
-        json!({
-            "kernel_image_path": guest::kernel(), "initrd_path": initrd,
-            "boot_args": "console=ttyS0 reboot=k panic=-1 quiet",
-        }),
-    );
+    put(&vmm, "/boot-source", guest::boot_source(&initrd));
     put(
         &vmm,
         "/drives/disk",
@@ -288,14 +281,7 @@ fn a_guest_that_ends_tells_so_by_status_and_last_line() {
     let folder = tempfile::tempdir().unwrap();
     let initrd = guest::initramfs(folder.path(), "$b reboot -f\n");
     let vmm = Vmm::start(&folder.path().join("api.sock"), &["--level", "Info"]);
-    put(
-        &vmm,
-        "/boot-source",
-        json!({
-            "kernel_image_path": guest::kernel(), "initrd_path": initrd,
-            "boot_args": "console=ttyS0 reboot=k panic=-1 quiet",
-        }),
-    );
+    put(&vmm, "/boot-source", guest::boot_source(&initrd));
     put(&vmm, "/actions", json!({ "action_type": "InstanceStart" }));
     let done = vmm.process.finish().exits(0);
     let last = done.err().lines().last().unwrap_or_default().to_owned();

@@ -8,12 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use e2e::{Running, Session};
-
-fn run(program: &str, arguments: &[&str]) {
-    let mut command = Command::new(program);
-    Running::start(command.args(arguments)).finish().exits(0);
-}
+use e2e::{Running, Session, run};
 
 /// All that a tree has, a line for each entry.
 fn entries(root: &Path) -> BTreeMap<PathBuf, String> {

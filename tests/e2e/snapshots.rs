@@ -80,14 +80,7 @@ impl Files {
         let vmm = self.start(0);
         let config = json!({ "vcpu_count": vcpus, "mem_size_mib": 128, "track_dirty_pages": true });
         vmm.done("PUT", "/machine-config", &config);
-        vmm.done(
-            "PUT",
-            "/boot-source",
-            &json!({
-                "kernel_image_path": guest::kernel(), "initrd_path": self.path("initrd"),
-                "boot_args": "console=ttyS0 reboot=k panic=-1 quiet",
-            }),
-        );
+        vmm.done("PUT", "/boot-source", &guest::boot_source(&self.path("initrd")));
         for (path, body) in more {
             vmm.done("PUT", path, body);
         }

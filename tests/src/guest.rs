@@ -21,6 +21,14 @@ pub fn initramfs(folder: &Path, script: &str) -> PathBuf {
     pack(folder)
 }
 
+/// What such a guest boots from, as the API has it.
+pub fn boot_source(initrd: &Path) -> serde_json::Value {
+    serde_json::json!({
+        "kernel_image_path": kernel(), "initrd_path": initrd,
+        "boot_args": "console=ttyS0 reboot=k panic=-1 quiet",
+    })
+}
+
 /// The initramfs of the tree in this folder.
 pub fn pack(folder: &Path) -> PathBuf {
     let tree = folder.join("tree");

@@ -16,3 +16,15 @@ pub mod steps;
 pub mod user;
 
 pub use session::{Finished, Running, Session};
+
+/// Runs a program of the host's, which must succeed; what it prints.
+pub fn run(program: &str, arguments: &[&str]) -> String {
+    let output = std::process::Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A path as an argument.
+pub fn text(path: &std::path::Path) -> &str {
+    path.to_str().unwrap()
+}

@@ -55,14 +55,7 @@ fn a_file_system_on_a_drive_of_io_uring_is_what_was_written() {
     let initrd = guest::initramfs(folder.path(), INIT);
     let mut vmm = Vmm::start(&path("api"), &[]);
     vmm.done("PUT", "/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 128 }));
-    vmm.done(
-        "PUT",
-        "/boot-source",
-        &json!({
-            "kernel_image_path": guest::kernel(), "initrd_path": initrd,
-            "boot_args": "console=ttyS0 reboot=k panic=-1 quiet",
-        }),
-    );
+    vmm.done("PUT", "/boot-source", &guest::boot_source(&initrd));
     vmm.done(
         "PUT",
         "/drives/disk",

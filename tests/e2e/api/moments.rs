@@ -18,10 +18,7 @@ fn hostile_24_requests_during_the_boot_and_at_once_are_all_answered() {
     let initrd = guest::initramfs(folder.path(), "echo up; while :; do $b sleep 1; done\n");
     let mut vmm = Vmm::start(&folder.path().join("api"), &[]);
     vmm.done("PUT", "/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 128 }));
-    let source = json!({
-        "kernel_image_path": guest::kernel(), "initrd_path": initrd,
-        "boot_args": "console=ttyS0 reboot=k panic=-1 quiet",
-    });
+    let source = guest::boot_source(&initrd);
     vmm.done("PUT", "/boot-source", &source);
     let (booted, asked) = (AtomicBool::new(false), AtomicU32::new(0));
     thread::scope(|scope| {

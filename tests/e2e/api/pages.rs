@@ -43,14 +43,7 @@ fn boot(folder: &Path, pages: &str) -> Vmm {
     let mut vmm = Vmm::start(&folder.join("api0"), &[]);
     let config = json!({ "vcpu_count": 1, "mem_size_mib": 128, "huge_pages": pages });
     vmm.done("PUT", "/machine-config", &config);
-    vmm.done(
-        "PUT",
-        "/boot-source",
-        &json!({
-            "kernel_image_path": guest::kernel(), "initrd_path": initrd,
-            "boot_args": "console=ttyS0 reboot=k panic=-1 quiet",
-        }),
-    );
+    vmm.done("PUT", "/boot-source", &guest::boot_source(&initrd));
     vmm.done("PUT", "/actions", &json!({ "action_type": "InstanceStart" }));
     vmm.process.wait_for("written 1: 50331648");
     vmm

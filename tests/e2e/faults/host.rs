@@ -8,21 +8,12 @@ use std::time::{Duration, Instant};
 
 use e2e::api::Vmm;
 use e2e::guest::{self, Tap};
-use e2e::{Running, Session};
+use e2e::{Running, Session, run, text};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 const BASE: &str = "localhost/base";
-
-fn run(program: &str, arguments: &[&str]) {
-    let status = Command::new(program).args(arguments).status().unwrap();
-    assert!(status.success(), "{program} {arguments:?}");
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// A monitor whose guest runs a script, with more devices.
 fn boot(folder: &Path, script: &str, devices: &[(&str, Value)]) -> Vmm {
@@ -32,14 +23,7 @@ fn boot(folder: &Path, script: &str, devices: &[(&str, Value)]) -> Vmm {
     let options = ["--level", "Warn", "--log-path", text(&log)];
     let vmm = Vmm::start(&folder.join("api"), &options);
     vmm.done("PUT", "/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 128 }));
-    vmm.done(
-        "PUT",
-        "/boot-source",
-        &json!({
-            "kernel_image_path": guest::kernel(), "initrd_path": initrd,
-            "boot_args": "console=ttyS0 reboot=k panic=-1 quiet",
-        }),
-    );
+    vmm.done("PUT", "/boot-source", &guest::boot_source(&initrd));
     for (path, body) in devices {
         vmm.done("PUT", path, body);
     }

@@ -179,10 +179,7 @@ fn hostile_26_a_monitor_without_descriptors_goes_on() {
     }
     let mut vmm = Vmm::over(&path("api"), process);
     vmm.done("PUT", "/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 128 }));
-    let source = json!({
-        "kernel_image_path": guest::kernel(), "initrd_path": initrd,
-        "boot_args": "console=ttyS0 reboot=k panic=-1 quiet",
-    });
+    let source = guest::boot_source(&initrd);
     vmm.done("PUT", "/boot-source", &source);
     vmm.done("PUT", "/vsock", &json!({ "guest_cid": 3, "uds_path": path("v") }));
     vmm.done("PUT", "/actions", &json!({ "action_type": "InstanceStart" }));

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use e2e::api::Vmm;
-use e2e::guest;
+use e2e::{guest, run, text};
 use serde_json::{Value, json};
 
 /// Runs on the root device; the others are of ext4, without a file system, and read-only.
@@ -30,16 +30,6 @@ echo "after writing: $($b dd if=/dev/pmem3 bs=16 count=1 2>/dev/null)"
 echo "all is said"
 $b sleep 1000
 "#;
-
-fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// A file of 4 MiB that begins with this.
 fn raw(folder: &Path, name: &str, begin: &str) -> PathBuf {
