@@ -213,6 +213,14 @@ impl Container {
         self.config.machine.writable.then(|| self.path(WRITABLE))
     }
 
+    /// The folder of its files, where the host has no room for more in it.
+    pub fn full_folder(&self) -> Option<&Path> {
+        /// Bytes with which a file system does not go on.
+        const NO_ROOM: u64 = 1 << 20;
+        let room = rustix::fs::statvfs(&self.folder).ok()?;
+        (room.f_bavail.saturating_mul(room.f_frsize) < NO_ROOM).then_some(&self.folder)
+    }
+
     /// Where its sockets are.
     pub fn run(&self) -> &Path {
         &self.run

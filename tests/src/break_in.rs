@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use nix::libc::user_regs_struct;
 use nix::sys::ptrace;
@@ -40,20 +41,25 @@ pub enum Outcome {
 const PLACE: u64 = 512;
 
 impl TakenOver {
-    /// Stops the process, which must wait in a system call.
+    /// Stops the process once it waits in a system call.
     pub fn new(pid: u32) -> TakenOver {
         let pid = Pid::from_raw(pid as i32);
-        ptrace::attach(pid).unwrap();
-        let stopped = waitpid(pid, None).unwrap();
-        assert!(matches!(stopped, WaitStatus::Stopped(..)), "{stopped:?}");
         let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"));
-        let taken =
-            TakenOver { pid, memory: memory.unwrap(), before: ptrace::getregs(pid).unwrap() };
-        // What it waits in was entered by this instruction.
-        let mut instruction = [0; 2];
-        taken.memory.read_exact_at(&mut instruction, taken.before.rip - 2).unwrap();
-        assert_eq!(instruction, [0x0f, 0x05], "the process is not in a system call");
-        taken
+        let memory = memory.unwrap();
+        loop {
+            ptrace::attach(pid).unwrap();
+            let stopped = waitpid(pid, None).unwrap();
+            assert!(matches!(stopped, WaitStatus::Stopped(..)), "{stopped:?}");
+            let before = ptrace::getregs(pid).unwrap();
+            // What it waits in was entered by this instruction.
+            let mut instruction = [0; 2];
+            memory.read_exact_at(&mut instruction, before.rip - 2).unwrap();
+            if instruction == [0x0f, 0x05] {
+                return TakenOver { pid, memory, before };
+            }
+            ptrace::detach(pid, None).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Makes a system call.

@@ -126,6 +126,12 @@ pub fn explain(error: RunError, vmm: &mut Vmm, container: &Container) -> RunErro
             false => reason,
         });
     }
+    // What a guest on a full disk says finds no room either.
+    if let Some(folder) = container.full_folder() {
+        let error = io::Error::from(io::ErrorKind::StorageFull);
+        let hint = images::room_hint(&error);
+        return RunError::Ended(format!("{reason}; {}: {error}{hint}", folder.display()));
+    }
     // A guest that crashed before it had a console has said nothing; its VMM knows how it ended.
     let said = last_line(container, "console.log").map(|line| format!("its console says: {line}"));
     let said = said
