@@ -80,7 +80,7 @@ impl Files {
         let vmm = self.start(0);
         let config = json!({ "vcpu_count": vcpus, "mem_size_mib": 128, "track_dirty_pages": true });
         vmm.done("PUT", "/machine-config", &config);
-        vmm.done("PUT", "/boot-source", &guest::boot_source(&self.path("initrd")));
+        vmm.done("PUT", "/boot-source", &guest::boot_source(Path::new(&self.path("initrd"))));
         for (path, body) in more {
             vmm.done("PUT", path, body);
         }

@@ -260,7 +260,10 @@ impl Runner {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
         let (mut running, mut halted) = (false, false);
         loop {
-            let command = if running { self.commands.try_recv().ok() } else { self.next_command() };
+            let command = match running {
+                true => self.commands.try_recv().ok(),
+                false => Some(self.next_command()),
+            };
             match command {
                 Some(Command::Run) if !halted && !running => {
                     running = true;
@@ -278,23 +281,25 @@ impl Runner {
                 Some(Command::Save(reply)) => {
                     let _ = reply.send(VcpuState::save(&self.fd, &self.saved_msrs));
                 }
-                None => {}
-            }
-            if running && let Some(reason) = self.run() {
-                if reason == Halt::Crash {
-                    self.counters.failures.increment();
+                // Only when there is no other command: one signal may have been for several.
+                None => {
+                    if let Some(reason) = self.run() {
+                        if reason == Halt::Crash {
+                            self.counters.failures.increment();
+                        }
+                        self.halt.set(reason);
+                        (running, halted) = (false, true);
+                    }
                 }
-                self.halt.set(reason);
-                (running, halted) = (false, true);
             }
         }
     }
 
     /// Waits for a command. The thread stays, and its processor with it, until the process ends:
     /// closing it before would race with KVM calls of the others.
-    fn next_command(&self) -> Option<Command> {
+    fn next_command(&self) -> Command {
         match self.commands.recv() {
-            Ok(command) => Some(command),
+            Ok(command) => command,
             Err(_) => loop {
                 thread::park();
             },

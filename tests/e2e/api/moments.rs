@@ -1,7 +1,10 @@
 //! Requests while a guest boots, while it ends, after that, and several at once.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use e2e::api::Vmm;
 use e2e::guest;
@@ -16,10 +19,10 @@ const START: &str = r#"{"action_type": "InstanceStart"}"#;
 fn hostile_24_requests_during_the_boot_and_at_once_are_all_answered() {
     let folder = tempfile::tempdir().unwrap();
     let initrd = guest::initramfs(folder.path(), "echo up; while :; do $b sleep 1; done\n");
-    let mut vmm = Vmm::start(&folder.path().join("api"), &[]);
+    let socket = folder.path().join("api");
+    let mut vmm = Vmm::start(&socket, &[]);
     vmm.done("PUT", "/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 128 }));
-    let source = guest::boot_source(&initrd);
-    vmm.done("PUT", "/boot-source", &source);
+    vmm.done("PUT", "/boot-source", &guest::boot_source(&initrd));
     let (booted, asked) = (AtomicBool::new(false), AtomicU32::new(0));
     thread::scope(|scope| {
         for path in ["/", "/machine-config", "/vm/config"] {
@@ -62,6 +65,21 @@ fn hostile_24_requests_during_the_boot_and_at_once_are_all_answered() {
     });
     assert!(asked.load(Ordering::SeqCst) >= 3);
     vmm.process.wait_for("up");
+    // One right after the other, on one connection, as no client of its own for each can be.
+    let mut connection = UnixStream::connect(&socket).unwrap();
+    connection.set_read_timeout(Some(Duration::from_secs(100))).unwrap();
+    for state in ["Resumed", "Resumed", "Paused", "Resumed"].into_iter().cycle().take(1200) {
+        let body = json!({ "state": state }).to_string();
+        let length = body.len();
+        write!(connection, "PATCH /vm HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}").unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            connection.read_exact(&mut byte).unwrap();
+            answer.extend(byte);
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 204"), "{}", String::from_utf8_lossy(&answer));
+    }
     vmm.process.signal(Signal::SIGTERM);
     vmm.process.finish().exits(143);
 }

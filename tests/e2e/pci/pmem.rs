@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use e2e::api::Vmm;
 use e2e::{guest, run, text};
