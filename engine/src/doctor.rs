@@ -11,7 +11,8 @@ use serde::Serialize;
 use crate::confinement::Policy;
 use crate::kernel::{Kernel, Kernels};
 use crate::paths::Paths;
-use crate::{programs, run};
+use crate::programs;
+use crate::run::{self, RunError};
 
 /// What a finding means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -138,12 +139,18 @@ fn trial(paths: &Paths, kernel: &Kernel, policy: &Policy) -> Finding {
     const SUBJECT: &str = "trial boot";
     match run::try_boot(paths, kernel, policy) {
         Ok(time) => good(SUBJECT, format!("a guest came up in {} ms", time.as_millis())),
-        Err(error) => bad(
-            SUBJECT,
-            Verdict::Missing,
-            error.to_string(),
-            "try another kernel (vmrun kernel import); if none comes up, this host's KVM cannot run Linux: in a VM, enable nested virtualization",
-        ),
+        Err(error) => {
+            let fix = match error {
+                // The VMM did not get as far as the kernel.
+                RunError::Machine(_) => {
+                    "give the VMM what it says is not there; --unconfined PART tries without a part of its jail"
+                }
+                _ => {
+                    "try another kernel (vmrun kernel import); if none comes up, this host's KVM cannot run Linux: in a VM, enable nested virtualization"
+                }
+            };
+            bad(SUBJECT, Verdict::Missing, error.to_string(), fix)
+        }
     }
 }
 
