@@ -241,6 +241,15 @@ mod tests {
 
     use super::*;
 
+    /// Serves on a thread of its own, bodies of 100 bytes at most.
+    fn start(
+        listener: UnixListener,
+        metrics: Arc<Mutex<RequestMetrics>>,
+        submit: impl Fn(Call) + Send + 'static,
+    ) {
+        std::thread::spawn(move || serve(listener, 100, metrics, || {}, submit));
+    }
+
     /// What a client gets that sends this and then ends its side.
     fn exchange(path: &std::path::Path, text: &str) -> String {
         let mut client = UnixStream::connect(path).unwrap();
@@ -261,25 +270,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api.sock");
         let listener = UnixListener::bind(&path).unwrap();
-        std::thread::spawn(move || {
-            serve(
-                listener,
-                100,
-                metrics,
-                || {},
-                |call| {
-                    let answer = match call.request {
-                        MachineRequest::GetVersion => Ok(MachineAnswer::Version),
-                        MachineRequest::Pause => Ok(MachineAnswer::Done),
-                        MachineRequest::GetMetrics => Ok(MachineAnswer::Text("a 1\n".to_owned())),
-                        MachineRequest::GetMmds => Err(MachineError::not_found("nothing there")),
-                        // Its answer never comes.
-                        MachineRequest::Resume => return,
-                        _ => Err(MachineError::new("refused")),
-                    };
-                    let _ = call.reply.send(answer);
-                },
-            )
+        start(listener, metrics, |call| {
+            let answer = match call.request {
+                MachineRequest::GetVersion => Ok(MachineAnswer::Version),
+                MachineRequest::Pause => Ok(MachineAnswer::Done),
+                MachineRequest::GetMetrics => Ok(MachineAnswer::Text("a 1\n".to_owned())),
+                MachineRequest::GetMmds => Err(MachineError::not_found("nothing there")),
+                // Its answer never comes.
+                MachineRequest::Resume => return,
+                _ => Err(MachineError::new("refused")),
+            };
+            let _ = call.reply.send(answer);
         });
         (folder, path)
     }
@@ -372,17 +373,9 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
         let count = asked.clone();
-        std::thread::spawn(move || {
-            serve(
-                listener,
-                100,
-                Arc::default(),
-                || {},
-                move |call| {
-                    count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-                    let _ = call.reply.send(Ok(MachineAnswer::Done));
-                },
-            )
+        start(listener, Arc::default(), move |call| {
+            count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            let _ = call.reply.send(Ok(MachineAnswer::Done));
         });
         let asked = || asked.load(std::sync::atomic::Ordering::SeqCst);
         let pause = r#"{"state": "Paused"}"#;
@@ -423,17 +416,9 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let waiting = Arc::new(Mutex::new(None));
         let slow = waiting.clone();
-        std::thread::spawn(move || {
-            serve(
-                listener,
-                100,
-                Arc::default(),
-                || {},
-                move |call| match call.request {
-                    MachineRequest::Pause => *slow.lock().unwrap() = Some(call.reply),
-                    _ => drop(call.reply.send(Ok(MachineAnswer::Version))),
-                },
-            )
+        start(listener, Arc::default(), move |call| match call.request {
+            MachineRequest::Pause => *slow.lock().unwrap() = Some(call.reply),
+            _ => drop(call.reply.send(Ok(MachineAnswer::Version))),
         });
         let body = r#"{"state": "Paused"}"#;
         let mut client = UnixStream::connect(&path).unwrap();
