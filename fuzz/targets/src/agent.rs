@@ -50,11 +50,13 @@ pub fn agent_conversation(input: &[u8]) {
     }
     let greeted = |which: &dyn Fn()| {
         thread::scope(|scope| {
-            scope.spawn(|| {
+            let agent = scope.spawn(|| {
                 let Ok((mut stream, _)) = AGENT.listener.accept() else { return };
                 say(&mut stream, input);
             });
             which();
+            // The scope ends while a thread still clears up; what that has would count as a leak.
+            agent.join().unwrap();
         });
     };
     if input.first().is_some_and(|byte| *byte == b'O') {
