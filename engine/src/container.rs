@@ -26,6 +26,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::making::Making;
 use crate::network::Dns;
 use crate::paths::Paths;
 
@@ -347,10 +348,9 @@ fn lock(folder: &Path, how: FlockArg) -> Result<Option<Flock<File>>, ContainerEr
 fn write_whole(path: &Path, value: &impl Serialize) -> Result<(), ContainerError> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let write = || {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(&serde_json::to_vec_pretty(value)?)?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
+        let mut making = Making::begin(folder)?;
+        making.file().write_all(&serde_json::to_vec_pretty(value)?)?;
+        making.replace(path)
     };
     write().map_err(at(path))
 }

@@ -1,7 +1,7 @@
 //! What runs inside the lab: everything in memory, each thing three times, the middle one told.
 
 use std::fs;
-use std::io::Read;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +21,9 @@ pub struct Arguments {
     /// The image's name
     #[arg(long)]
     image: String,
+    /// The same image as an archive
+    #[arg(long)]
+    archive: PathBuf,
     /// The kernel's name
     #[arg(long)]
     kernel: String,
@@ -44,17 +47,20 @@ pub fn measure(arguments: &Arguments) -> Result<()> {
     };
     copy(&arguments.dist, "dist")?;
     copy(&arguments.root, "root")?;
+    copy(&arguments.archive, "image.tar")?;
     let lab = Lab {
         work: work.path().to_owned(),
         kernel: arguments.kernel.clone(),
         image: arguments.image.clone(),
+        archive: format!("oci-archive:{}", work.path().join("image.tar").display()),
     };
     // Makes the initramfs and the template of the writable layer.
-    lab.first_byte(&["--network", "none"])?;
-    lab.first_byte(&[])?;
+    lab.first_line(&["--network", "none"])?;
+    lab.first_line(&[])?;
 
     let mut figures = Vec::new();
     let mut put = |monitor: &str, what: &str, value: f64, unit: &str| {
+        eprintln!("measure: {monitor}: {what}: {value:.1} {unit}");
         let (monitor, what, unit) = (monitor.to_owned(), what.to_owned(), unit.to_owned());
         figures.push(Figure { monitor, what, kernel: String::new(), value, unit });
     };
@@ -91,9 +97,12 @@ pub fn measure(arguments: &Arguments) -> Result<()> {
     ] {
         if wanted(name) {
             eprintln!("measure: {what} with {}", arguments.kernel);
-            let time = middle(|| lab.first_byte(&flags))?;
+            let time = middle(|| lab.first_line(&flags))?;
             put("vmrun", what, milliseconds(time), "ms");
         }
+    }
+    if wanted(super::Name::Confinement) {
+        super::confinement::measure(&lab, &mut put)?;
     }
     if wanted(super::Name::Neighbour) {
         super::neighbour::measure(&lab, &mut put)?;
@@ -102,14 +111,32 @@ pub fn measure(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn milliseconds(time: Duration) -> f64 {
+pub fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-fn middle(mut once: impl FnMut() -> Result<Duration>) -> Result<Duration> {
+pub fn middle(mut once: impl FnMut() -> Result<Duration>) -> Result<Duration> {
     let mut times = (0..ROUNDS).map(|_| once()).collect::<Result<Vec<_>>>()?;
     times.sort();
     Ok(times[ROUNDS / 2])
+}
+
+/// When each line of a command came, from its start.
+pub fn lines(mut command: Command) -> Result<Vec<Duration>> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let started = Instant::now();
+    let mut child = command.spawn()?;
+    let output = BufReader::new(child.stdout.take().context("no output")?);
+    let times: Result<Vec<_>, _> =
+        output.lines().map(|line| line.map(|_| started.elapsed())).collect();
+    let status = child.wait()?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(times?)
+}
+
+/// When the first line of a command came, from its start.
+pub fn first_line(command: Command) -> Result<Duration> {
+    lines(command)?.first().copied().context("a command that was to say something did not")
 }
 
 /// Everything that is measured, in memory.
@@ -117,6 +144,8 @@ pub struct Lab {
     pub work: PathBuf,
     pub kernel: String,
     pub image: String,
+    /// What `vmrun image pull` takes for it.
+    pub archive: String,
 }
 
 impl Lab {
@@ -127,22 +156,11 @@ impl Lab {
         command
     }
 
-    /// From the start of `vmrun run` to the program's first byte.
-    fn first_byte(&self, flags: &[&str]) -> Result<Duration> {
+    /// From the start of `vmrun run` to the program's first line.
+    fn first_line(&self, flags: &[&str]) -> Result<Duration> {
         let mut command = self.vmrun(&["run", "--rm", "-m", "128m", "--kernel", &self.kernel]);
-        command
-            .args(flags)
-            .args([&self.image, "echo", "x"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped());
-        let started = Instant::now();
-        let mut child = command.spawn()?;
-        let mut byte = [0];
-        let got = child.stdout.as_mut().context("no output")?.read(&mut byte)?;
-        let time = started.elapsed();
-        let status = child.wait()?;
-        ensure!(got == 1 && status.success(), "vmrun run: {status}");
-        Ok(time)
+        command.args(flags).args([&self.image, "echo", "x"]);
+        first_line(command)
     }
 
     /// A monitor under its API, and a snapshot of its guest.

@@ -4,6 +4,7 @@
 //! not see cache misses, nor what a real exit to the host costs.
 
 mod api;
+mod confinement;
 mod measure;
 mod monitor;
 mod neighbour;
@@ -37,6 +38,8 @@ pub enum Name {
     Output,
     /// The same with a network
     OutputNetwork,
+    /// What the jail, the filters of system calls and the confined conversion cost
+    Confinement,
     /// Throughput of a machine beside one that attacks
     Neighbour,
 }
@@ -65,6 +68,7 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
     fs::create_dir_all(&folder)?;
     let root = folder.join("root");
     let image = prepare(&root)?;
+    let archive = image.source.strip_prefix("oci-archive:").context("no archive")?;
     build::build_attacker(&root)?;
     let mut kernels = Vec::new();
     match kernel::cached(false)? {
@@ -82,6 +86,7 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
         for (option, value) in [
             ("--root", text(&root)),
             ("--image", image.name.to_owned()),
+            ("--archive", archive.to_owned()),
             ("--kernel", kernel),
             ("--dist", text(&build::dist())),
             ("--result", text(&result)),

@@ -10,7 +10,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,8 +32,8 @@ const PORT: u16 = 8000;
 const WORK: &str = r#"gateway=$(ip route | awk '/default/ {print $3}'); turn=0
 while :; do
     i=0; while [ $i -lt 500 ]; do i=$((i+1)); done
-    dd if=/dev/zero of=/data bs=16k count=16 conv=fsync 2>/dev/null || exit 1
-    [ "$(nc $gateway 8000 </dev/null | wc -c)" = 262144 ] || exit 1
+    dd if=/dev/zero of=/data bs=16k count=16 conv=fsync 2>/dev/null || { echo no file; exit 1; }
+    got=$(nc $gateway 8000 </dev/null | wc -c); [ $got = 262144 ] || { echo only $got bytes; exit 1; }
     turn=$((turn+1)); echo $turn
 done"#;
 
@@ -63,25 +63,26 @@ enum Attacker {
     Script(&'static str),
 }
 
-/// Counts a neighbour's turns, alone and beside each attacker; the shares it keeps.
+/// Counts a neighbour's turns beside each attacker, and alone before and after each; the shares it
+/// keeps.
 pub fn measure(lab: &Lab, put: &mut impl FnMut(&str, &str, f64, &str)) -> Result<()> {
     serve()?;
     let neighbour = Neighbour::start(lab)?;
     // What it loads is in the page cache from now on, and its disk's blocks are there.
     neighbour.turns()?;
-    let alone = neighbour.turns()?;
-    put("vmrun", "turns of a machine alone, in 6 s", alone as f64, "");
+    let mut before = neighbour.turns()?;
+    put("vmrun", "turns of a machine alone, in 6 s", before as f64, "");
     for (what, attacker) in ATTACKS {
         eprintln!("measure: a neighbour beside {what}");
         let attack = Attack::start(lab, attacker)?;
         let turns = neighbour.turns()?;
         attack.end()?;
-        let share = 100.0 * turns as f64 / alone as f64;
+        let after = neighbour.turns()?;
+        let share = 200.0 * turns as f64 / (before + after) as f64;
         put("vmrun", &format!("its throughput beside {what}"), share, "%");
+        before = after;
     }
-    let again = neighbour.turns()?;
-    let share = 100.0 * again as f64 / alone as f64;
-    put("vmrun", "its throughput when alone again", share, "%");
+    put("vmrun", "turns when alone again", before as f64, "");
     Ok(())
 }
 
@@ -133,6 +134,7 @@ fn started(lab: &Lab, child: &mut Child) -> Result<impl BufRead + use<>> {
 struct Neighbour {
     run: Child,
     turns: Arc<AtomicU64>,
+    ended: Arc<AtomicBool>,
 }
 
 impl Neighbour {
@@ -140,13 +142,19 @@ impl Neighbour {
         let mut run = container(lab, WORK, &[])?;
         let turns = Arc::new(AtomicU64::new(0));
         let lines = started(lab, &mut run)?;
-        let counted = turns.clone();
+        let ended = Arc::new(AtomicBool::new(false));
+        let (counted, end) = (turns.clone(), ended.clone());
         thread::spawn(move || {
-            for _ in lines.lines().map_while(Result::ok) {
-                counted.fetch_add(1, Ordering::Relaxed);
+            for line in lines.lines().map_while(Result::ok) {
+                if line.parse::<u64>().is_ok() {
+                    counted.fetch_add(1, Ordering::Relaxed);
+                } else {
+                    eprintln!("measure: the neighbour says: {line}");
+                }
             }
+            end.store(true, Ordering::Relaxed);
         });
-        Ok(Neighbour { run, turns })
+        Ok(Neighbour { run, turns, ended })
     }
 
     /// Turns in a window that begins now.
@@ -157,6 +165,7 @@ impl Neighbour {
             thread::sleep(WINDOW.saturating_sub(since.elapsed()));
         }
         let turns = self.turns.load(Ordering::Relaxed) - begin;
+        ensure!(!self.ended.load(Ordering::Relaxed), "the neighbour has ended");
         ensure!(turns > 0, "the neighbour stands still");
         Ok(turns)
     }
