@@ -42,6 +42,17 @@ pub struct Share {
     pub file: u64,
 }
 
+impl Policy {
+    /// What a VMM that starts in the folder of its sockets calls one of them. Without a root of its own
+    /// it has no way through the folders above, which are another user's.
+    pub fn socket(&self, folder: &Path, name: &str) -> PathBuf {
+        match self.unconfined.contains(&Step::Namespaces) {
+            true => name.into(),
+            false => folder.join(name),
+        }
+    }
+}
+
 /// One VMM's jail.
 #[derive(Debug)]
 pub struct Confinement {
@@ -77,8 +88,11 @@ impl Confinement {
     }
 
     /// The options that say all this to a VMM, which sees one folder of the host's: that of its
-    /// sockets.
+    /// sockets. It starts there where that is no root of its own: see [`Policy::socket`].
     pub fn arguments(&self, command: &mut Command, sockets: &Path, share: Share) {
+        if self.unconfined.contains(&Step::Namespaces) {
+            command.current_dir(sockets);
+        }
         command.args(["--jail", "--empty-root", "--visible"]).arg(sockets);
         if let Some(user) = &self.user {
             let id = user.id().to_string();

@@ -489,3 +489,12 @@ fn whoever_breaks_into_a_vmm_finds_nothing() {
     assert!(done.err().contains("SIGSYS"), "{}", done.err());
     other.end();
 }
+
+/// The state directory is root's alone, and the VMM is not root: without a root of its own it finds the
+/// sockets all the same.
+#[test]
+fn without_namespaces_a_vmm_finds_its_sockets() {
+    let session = Session::prepared();
+    let run = ["--network", "none", "--unconfined", "namespaces", BASE, "echo", "said"];
+    session.run(run).exits(0).prints("said\n");
+}

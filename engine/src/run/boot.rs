@@ -84,6 +84,7 @@ pub fn snapshot_warm(
         let ready = Ready::listen(&container.run().join(VSOCK))?;
         let plan = Plan {
             kernel,
+            policy: &options.confinement,
             root_device,
             writable: writable.as_deref(),
             cpus: options.cpus,
@@ -131,7 +132,7 @@ pub fn try_boot(paths: &Paths, kernel: &Kernel, policy: &Policy) -> Result<Durat
     let attempt = || {
         let ready = Ready::listen(&container.run().join(VSOCK))?;
         let mut handed = Handed::default();
-        let mut config = bare_machine(kernel, &container, &mut handed)?;
+        let mut config = bare_machine(kernel, policy, &container, &mut handed)?;
         config.machine_config =
             Some(MachineConfig { vcpu_count: 1, mem_size_mib: memory_mib, ..Default::default() });
         let since = Instant::now();

@@ -9,6 +9,7 @@ use api_server::machine::{
 };
 
 use super::{RunError, at};
+use crate::confinement::Policy;
 use crate::container::{Container, VSOCK};
 use crate::kernel::Kernel;
 use crate::network::Attachment;
@@ -19,6 +20,7 @@ use crate::volume::Attached;
 /// A machine that boots.
 pub struct Plan<'a> {
     pub kernel: &'a Kernel,
+    pub policy: &'a Policy,
     pub root_device: &'a Path,
     pub writable: Option<&'a Path>,
     pub cpus: u8,
@@ -35,7 +37,7 @@ impl Plan<'_> {
         container: &Container,
         handed: &mut Handed,
     ) -> Result<ConfigFile, RunError> {
-        let mut config = bare_machine(self.kernel, container, handed)?;
+        let mut config = bare_machine(self.kernel, self.policy, container, handed)?;
         let mut drive = |id: String, path: &Path, is_read_only: bool| {
             let opened = if is_read_only { handed.read(path) } else { handed.write(path) };
             config.drives.push(Drive {
@@ -84,6 +86,7 @@ impl Plan<'_> {
 /// What every machine has: a kernel, a console, entropy, and the agent's vsock.
 pub fn bare_machine(
     kernel: &Kernel,
+    policy: &Policy,
     container: &Container,
     handed: &mut Handed,
 ) -> Result<ConfigFile, RunError> {
@@ -96,7 +99,7 @@ pub fn bare_machine(
         initrd_path: Some(handed.read(&initrd).map_err(at(&initrd))?),
         boot_args: Some(boot_args.to_owned()),
     });
-    let uds_path = container.run().join(VSOCK);
+    let uds_path = policy.socket(container.run(), VSOCK);
     config.vsock = Some(Vsock { guest_cid: 3, uds_path, vsock_id: None });
     config.entropy = Some(Entropy::default());
     let output_path = Some(handed.append(&console).map_err(at(&console))?);

@@ -356,6 +356,7 @@ impl Foreground<'_> {
             Origin::Kernel(kernel) => {
                 let plan = Plan {
                     kernel,
+                    policy: &self.options.confinement,
                     root_device: self.root_device,
                     writable: writable.as_deref(),
                     cpus: self.options.cpus,
@@ -527,7 +528,9 @@ impl Foreground<'_> {
             track_dirty_pages: false,
             resume_vm: true,
             network_overrides: network.into_iter().collect(),
-            vsock_override: Some(VsockOverride { uds_path: self.container.run().join(VSOCK) }),
+            vsock_override: Some(VsockOverride {
+                uds_path: self.options.confinement.socket(self.container.run(), VSOCK),
+            }),
             drive_overrides: std::iter::once(image).chain(writable).collect(),
             console_override: Some(ConsoleOverride {
                 output_path: handed.append(&console).map_err(at(&console))?,
