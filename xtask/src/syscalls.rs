@@ -136,14 +136,16 @@ fn against(policy: &Value, used: &Used) -> Result<Comparison> {
             // The kernel knows this one by another name.
             let name = if call == "sendfile" { "sendfile64" } else { call };
             let is_used = used.contains(&(filter.to_owned(), name.to_owned(), request));
-            let comment = entry["comment"].as_str().unwrap_or_default();
-            let odd = match (is_used, comment.starts_with(RARE)) {
+            let comment = entry["comment"].as_str();
+            let is_rare = comment.is_some_and(|text| text.starts_with(RARE));
+            let odd = match (is_used, is_rare) {
                 (false, false) => &mut comparison.unused,
                 (true, true) => &mut comparison.rare,
                 _ => continue,
             };
             let request = request.map_or(String::new(), |request| format!(" {request:#x}"));
-            odd.push(format!("{filter}: {call}{request}"));
+            let comment = comment.map_or(String::new(), |text| format!(" ({text})"));
+            odd.push(format!("{filter}: {call}{request}{comment}"));
         }
     }
     Ok(comparison)
@@ -193,7 +195,7 @@ Totals:
         let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
         let expected = Comparison {
             unused: names(&["start: openat", "vcpu: ioctl 0xae41"]),
-            rare: names(&["event_loop: openat"]),
+            rare: names(&["event_loop: openat (rare: a file)"]),
         };
         assert_eq!(against(&policy, &used).unwrap(), expected);
     }

@@ -2,7 +2,7 @@
 //! and without either.
 
 use std::fs;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
@@ -24,8 +24,7 @@ const FLUSHES: &str = "echo begin; i=0; while [ $i -lt 100 ]; do i=$((i+1)); \
 pub fn measure(lab: &Lab, put: &mut impl FnMut(&str, &str, f64, &str)) -> Result<()> {
     for (kept, parts) in CONFINEMENTS {
         eprintln!("measure: {kept}");
-        let vmrun = |arguments: &[&str]| {
-            let mut vmrun = lab.vmrun(arguments);
+        let without_parts = |mut vmrun: Command| {
             if !parts.is_empty() {
                 vmrun.env("VMRUN_UNCONFINED", parts);
             }
@@ -35,8 +34,8 @@ pub fn measure(lab: &Lab, put: &mut impl FnMut(&str, &str, f64, &str)) -> Result
             put("vmrun", &format!("{what}, {kept}"), milliseconds(time), "ms");
         };
         let run = |words: &[&str]| {
-            let mut run = vmrun(&["run", "--rm", "-m", "128m", "--network", "none"]);
-            run.args(["--kernel", &lab.kernel, &lab.image]).args(words);
+            let mut run = without_parts(lab.vmrun_run());
+            run.args(["--network", "none", &lab.image]).args(words);
             run
         };
         put("vmrun run to the first byte", middle(|| first_line(run(&["echo", "x"])))?);
@@ -49,7 +48,7 @@ pub fn measure(lab: &Lab, put: &mut impl FnMut(&str, &str, f64, &str)) -> Result
         let root = lab.work.join("converted");
         let pull = middle(|| {
             let _ = fs::remove_dir_all(&root);
-            let mut pull = vmrun(&["image", "pull", "-q", &lab.archive]);
+            let mut pull = without_parts(lab.vmrun(&["image", "pull", "-q", &lab.archive]));
             pull.env("VMRUN_ROOT", &root).stdout(Stdio::null());
             let started = Instant::now();
             let status = pull.status()?;

@@ -156,9 +156,15 @@ impl Lab {
         command
     }
 
+    /// `vmrun run`, of a machine of the usual size; the rest of its flags, the image and a command
+    /// follow.
+    pub fn vmrun_run(&self) -> Command {
+        self.vmrun(&["run", "--rm", "-m", "128m", "--kernel", &self.kernel])
+    }
+
     /// From the start of `vmrun run` to the program's first line.
     fn first_line(&self, flags: &[&str]) -> Result<Duration> {
-        let mut command = self.vmrun(&["run", "--rm", "-m", "128m", "--kernel", &self.kernel]);
+        let mut command = self.vmrun_run();
         command.args(flags).args([&self.image, "echo", "x"]);
         first_line(command)
     }

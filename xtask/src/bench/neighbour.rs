@@ -10,8 +10,8 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -114,7 +114,8 @@ fn container(lab: &Lab, script: &str, options: &[&str]) -> Result<Child> {
     let file = lab.work.join("id");
     let _ = fs::remove_file(&file);
     let child = lab
-        .vmrun(&["run", "--rm", "-m", "128m", "--kernel", &lab.kernel, "--cidfile"])
+        .vmrun_run()
+        .arg("--cidfile")
         .arg(&file)
         .args(options)
         .args([&lab.image, "sh", "-c", &format!("echo up; {script}")])
@@ -140,7 +141,8 @@ fn started(lab: &Lab, child: &mut Child) -> Result<impl BufRead + use<>> {
 struct Neighbour {
     run: Child,
     turns: Arc<AtomicU64>,
-    ended: Arc<AtomicBool>,
+    /// Counts what it says, until it has ended.
+    counter: JoinHandle<()>,
 }
 
 impl Neighbour {
@@ -148,9 +150,8 @@ impl Neighbour {
         let mut run = container(lab, WORK, &[])?;
         let turns = Arc::new(AtomicU64::new(0));
         let lines = started(lab, &mut run)?;
-        let ended = Arc::new(AtomicBool::new(false));
-        let (counted, end) = (turns.clone(), ended.clone());
-        thread::spawn(move || {
+        let counted = turns.clone();
+        let counter = thread::spawn(move || {
             for line in lines.lines().map_while(Result::ok) {
                 if line.parse::<u64>().is_ok() {
                     counted.fetch_add(1, Ordering::Relaxed);
@@ -158,9 +159,8 @@ impl Neighbour {
                     eprintln!("measure: the neighbour says: {line}");
                 }
             }
-            end.store(true, Ordering::Relaxed);
         });
-        let neighbour = Neighbour { run, turns, ended };
+        let neighbour = Neighbour { run, turns, counter };
         // What it loads is in the page cache from now on, and its disk's blocks are there.
         neighbour.turns()?;
         Ok(neighbour)
@@ -185,7 +185,7 @@ impl Neighbour {
             thread::sleep(WINDOW.saturating_sub(since.elapsed()));
         }
         let turns = self.turns.load(Ordering::Relaxed) - begin;
-        ensure!(!self.ended.load(Ordering::Relaxed), "the neighbour has ended");
+        ensure!(!self.counter.is_finished(), "the neighbour has ended");
         ensure!(turns > 0, "the neighbour stands still");
         Ok(turns)
     }
